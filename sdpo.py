@@ -1,0 +1,623 @@
+"""SDPO, on-policy self-distillation: Sec. 5 and Table 10 of the paper, Eq. 1.
+
+The model teaches itself. One step:
+  1. the student answers each question x with a group of n rollouts y
+  2. the verifier marks every rollout right or wrong
+  3. a *correct sibling* of y becomes its demonstration c, and the teacher (the initial weights,
+     with c in the prompt) scores the very tokens of y
+  4. loss per token: JS( student(. | x, y_<t)  ||  teacher(. | x, c, y_<t) )
+  5. AdamW; the new weights go into vLLM
+
+    torchrun --nproc_per_node 8 sdpo.py --model Qwen/Qwen3-8B        # the paper's run
+    make demo                                                        # a small one, on two CPU cores
+
+What a reader of Eq. 1 would not expect (all as in the authors' code):
+  - the divergence is Jensen-Shannon (alpha 0.5), over the student's top 100 tokens and one bucket
+    for the rest, not KL over the vocabulary
+  - c is another rollout of the same group, never the data set's solution; the reward only decides
+    what may be a demonstration. A rollout without a correct sibling is not trained on
+  - the loss is the mean over sequences of each one's token mean; a sequence without a
+    demonstration adds 0 and still counts
+  - two importance weights, both cut at 2: trainer against vLLM, and now against the step's start
+Where we differ from their code: demonstrations are drawn at random (theirs come in an order
+balanced by length), and warm-up gives the first step a tenth of the rate (theirs gives it none).
+
+Watch: length and epistemic fall within ten steps while the score dips and recovers; what that
+costs shows out of distribution, in eval/. `mismatch` (trainer against vLLM) stays flat: 1e-6 in
+float32. `distilled` is the share of rollouts that had a correct sibling.
+"""
+import argparse
+import contextlib
+import copy
+import itertools
+import json
+import logging
+import math
+import os
+import random
+import re
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+import epistemic
+from verifier import Verifier, load_questions
+
+# --- arguments -----------------------------------------------------------------------------------
+
+def parse_args(argv=None):
+    def positive(text):
+        if int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+        return int(text)
+    def fraction(text):
+        if not 0 <= float(text) <= 1:
+            raise argparse.ArgumentTypeError(f"{text} must lie between 0 and 1")
+        return float(text)
+    parser = argparse.ArgumentParser(
+        description="SDPO (Sec. 5). The defaults are the paper's run; (ours) marks the others.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = fail
+    add = parser.add_argument_group("model and data").add_argument
+    add("--model", required=True, help="hub id or Hugging Face folder")
+    add("--data", default="dapo", help="dapo, a hub id, or a .parquet/.json/.jsonl file")
+    add("--enable_thinking", action=argparse.BooleanOptionalAction, default=True,
+        help="the chat template's switch (Qwen3)")
+    add = parser.add_argument_group("rollout (Table 8)").add_argument
+    add("--questions_per_step", type=positive, default=256, help="Sec. 6.2: 64")
+    add("--rollouts", type=positive, default=8, help="answers to a question: its group")
+    add("--temperature", type=float, default=1.0, help="of sampling, and of the loss")
+    add("--max_prompt_tokens", type=positive, default=2048, help="longer ones are left out")
+    add("--max_response_tokens", type=positive, default=20480, help="longer ones are cut")
+    add = parser.add_argument_group("loss (Table 10)").add_argument
+    add("--alpha", type=fraction, default=0.5,
+        help="0: KL(teacher||student), 0.5: Jensen-Shannon, 1: KL(student||teacher), Eq. 1")
+    add("--top_k", type=positive, default=100, help="the student's likeliest tokens; App. G: 256")
+    add("--demonstration", choices=["full", "without_think"], default="full",
+        help="c = s, or c = s without its think part")
+    add("--ema", type=fraction, default=0.0, help="teacher follows the student; Sec. 5.4: 0.05")
+    add("--loss_mean", choices=["sequence", "token"], default="sequence",
+        help="mean of the sequences' token means, or over all tokens")
+    add = parser.add_argument_group("optimisation (Tables 8 and 10)").add_argument
+    add("--steps", type=positive, default=100, help="rounds of rollout and update (authors' code)")
+    add("--minibatch_questions", type=positive, default=128, help="questions an update")
+    add("--lr", type=float, default=1e-5, help="reached after the warm-up, then constant")
+    add("--warmup_steps", type=int, default=10, help="linear")
+    add("--tokens_per_micro_batch", type=positive, default=24576,
+        help="padded tokens in one forward (ours); a longer sequence goes alone")
+    add = parser.add_argument_group("run").add_argument
+    add("--run_dir", default="runs/sdpo", help="a new folder (ours)")
+    add("--seed", type=int, default=0, help="of data order, sampling and demonstrations")
+    add("--eval_data", nargs="*", default=["aime24"],
+        help="any of aime24 aime25 amc23 math500, hub ids, files")
+    add("--eval_rollouts", type=positive, default=1, help="answers to a question (authors' code)")
+    add("--eval_every", type=positive, default=10, help="steps; also before the first")
+    add("--save_every", type=positive, default=10, help="steps; also after the last")
+    return parser.parse_args(argv)
+
+def fail(message):
+    """Bad input: one line and exit code 2. Every rank gets here; the first one speaks."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+def check_args(args, world_size):
+    if args.temperature <= 0:
+        fail(f"--temperature {args.temperature} must be above 0: a group needs varied rollouts")
+    if args.questions_per_step % args.minibatch_questions:
+        fail(f"--minibatch_questions {args.minibatch_questions} does not divide "
+             f"--questions_per_step {args.questions_per_step}")
+    if args.questions_per_step % world_size:
+        fail(f"--questions_per_step {args.questions_per_step} cannot be split evenly among "
+             f"{world_size} ranks")
+    run_dir = Path(args.run_dir)
+    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        fail(f"--run_dir {run_dir} already holds results: name another folder or remove it")
+
+# --- prompts -------------------------------------------------------------------------------------
+
+def load_tokenizer(args):
+    """(tokenizer, config) of --model: what can be wrong with it shows before its weights load."""
+    from transformers import AutoConfig, AutoTokenizer
+    try:
+        config = AutoConfig.from_pretrained(args.model)
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+    except (OSError, ValueError) as error:
+        fail(f"--model {args.model}: no model folder, and no model on the hub "
+             f"({str(error).strip().splitlines()[0]})")
+    if tokenizer.chat_template is None:
+        fail(f"--model {args.model}: its tokenizer has no chat template")
+    return tokenizer, config
+
+def render(tokenizer, messages, enable_thinking):
+    """Token ids of a chat up to where the model speaks (Table 12).
+
+    A template with a BOS writes it itself (DeepSeek), so that none is added here.
+    """
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
+                                         enable_thinking=enable_thinking)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+def with_prompts(source, tokenizer, args):
+    """load_questions, each with its prompt_ids; those over --max_prompt_tokens left out."""
+    try:
+        questions = load_questions(source)
+    except ValueError as error:
+        fail(error)
+    for q in questions:
+        q["prompt_ids"] = render(tokenizer, q["messages"], args.enable_thinking)
+    kept = [q for q in questions if len(q["prompt_ids"]) <= args.max_prompt_tokens]
+    if not kept:
+        fail(f"{source}: all {len(questions)} prompts are longer than --max_prompt_tokens "
+             f"{args.max_prompt_tokens}")
+    return kept
+
+def demonstration_text(response, form):
+    """What the teacher is shown of a correct response: s ("full"), or s without its think part.
+
+    An answer of DeepSeek-R1-Distill has no opening <think>: the template wrote it.
+    """
+    if form == "without_think":
+        response = re.sub(r"<think>.*?</think>\s*", "", response, flags=re.S)
+        response = re.sub(r"^.*?</think>\s*", "", response, flags=re.S)
+    return response
+
+def teacher_messages(messages, demonstration):
+    """The chat with the demonstration behind the question, in one user message.
+
+    The authors cut this at 22,528 tokens, closing sentence and all. The limits on prompt and
+    response already keep it to that and the few tokens added here.
+    """
+    *before, last = messages
+    text = (f"{last['content']}\nCorrect solution:\n\n{demonstration}"
+            "\n\nCorrectly solve the original question.")
+    return [*before, {**last, "content": text}]
+
+def choose_demonstration(rewards, i, rng):
+    """Index of a correct sibling of rollout i, at random; None if it has none.
+
+    Never i itself: the only success of a group has nobody to learn from.
+    """
+    siblings = [j for j, reward in enumerate(rewards) if reward >= 0.5 and j != i]
+    return rng.choice(siblings) if siblings else None
+
+# --- loss ----------------------------------------------------------------------------------------
+
+def with_tail(topk_logprobs):
+    """(..., k) log-probabilities -> (..., k + 1): the last bucket holds all other tokens."""
+    inside = topk_logprobs.logsumexp(-1, keepdim=True).clamp(max=-1e-7)
+    return torch.cat([topk_logprobs, torch.log(-torch.expm1(inside))], dim=-1)
+
+def divergence(student, teacher, alpha):
+    """Generalised Jensen-Shannon of two log-distributions, (..., k + 1) -> (...), in nats.
+
+    mixture m = (1 - alpha) student + alpha teacher
+    loss      = (1 - alpha) KL(student || m) + alpha KL(teacher || m)
+
+    The gradient goes through the student, in m too. The ends, where that would be 0, are defined:
+    alpha 0 is KL(teacher || student), alpha 1 is KL(student || teacher), Eq. 1.
+    """
+    def kl(p, q):
+        return (p.exp() * (p - q)).sum(-1)
+    if alpha == 0:
+        return kl(teacher, student)
+    if alpha == 1:
+        return kl(student, teacher)
+    mixture = torch.logaddexp(student + math.log(1 - alpha), teacher + math.log(alpha))
+    return (1 - alpha) * kl(student, mixture) + alpha * kl(teacher, mixture)
+
+CHUNK = 512  # positions through the LM head at once: 512 x 151,936 float32 logits are 0.3 GB
+
+def token_losses(hidden, head, targets, temperature, teacher=None, top_k=None, alpha=None):
+    """(divergence, log p(target)) at each of N positions, (N,) float32, never holding (N, V).
+
+    hidden (N, D) holds the states that predict targets (N,); teacher is (hidden, head) of the
+    teacher, and without one the divergence is 0. The buckets are the student's top k of the full
+    softmax and the rest; the teacher is read at the same ids. The logits of a chunk live while it
+    is computed, and are made again in backward.
+    """
+    def chunk(h, y, teacher_h=None):
+        logits = head(h).float() / temperature  # (C, V)
+        normaliser = logits.logsumexp(-1, keepdim=True)
+        logprobs = (logits.gather(-1, y[:, None]) - normaliser).squeeze(-1)
+        if teacher_h is None:
+            return torch.zeros_like(logprobs), logprobs
+        top, ids = logits.topk(min(top_k, logits.shape[-1]), dim=-1)  # (C, k)
+        with torch.no_grad():
+            teacher_logits = teacher[1](teacher_h).float() / temperature
+            teacher_top = teacher_logits.gather(-1, ids) - teacher_logits.logsumexp(-1, True)
+        return divergence(with_tail(top - normaliser), with_tail(teacher_top), alpha), logprobs
+    columns = [hidden, targets] + ([teacher[0]] if teacher else [])
+    parts = zip(*(column.split(CHUNK) for column in columns))
+    losses, logprobs = zip(*(checkpoint(chunk, *part, use_reentrant=False) for part in parts))
+    return torch.cat(losses), torch.cat(logprobs)
+
+def importance_weight(logprobs, old_logprobs):
+    """min(p / p_old, 2) per token, detached: truncated importance sampling (Table 9: clip 2)."""
+    return (logprobs - old_logprobs).clamp(-20, 20).exp().clamp(max=2.0).detach()
+
+def loss_weights(minibatch, loss_mean):
+    """{id(rollout): weight of each of its tokens} for the rollouts that have a teacher.
+
+    "sequence", the authors' effective loss: 1 / (sequences x own tokens). "token": 1 / tokens.
+    Both count the whole mini-batch, over all ranks: two ranks give the gradient of one.
+    """
+    distilled = [r for r in minibatch if r.teacher_prompt_ids]
+    tokens = sum(len(r.response_ids) for r in distilled)
+    return {id(r): 1 / (len(minibatch) * len(r.response_ids) if loss_mean == "sequence" else tokens)
+            for r in distilled}
+
+# --- rollout -------------------------------------------------------------------------------------
+
+@dataclass
+class Rollout:
+    row: int  # of the step's batch: the rollouts of one row are a group
+    prompt_ids: list
+    response_ids: list  # as vLLM sampled them: text is never encoded again
+    logprobs: np.ndarray  # (T,) vLLM's own, temperature included
+    text: str
+    finished: bool  # by itself, not cut at max_response_tokens
+    reward: float = 0.0
+    teacher_prompt_ids: list | None = None  # None: no correct sibling, nothing to learn from
+
+    def tokens(self):
+        """Length of the longest sequence that is computed for it."""
+        prompt = max(len(self.prompt_ids), len(self.teacher_prompt_ids or []))
+        return prompt + len(self.response_ids)
+
+def make_engine(args, device, dtype):
+    """vLLM in this very process, one engine a rank: weights are handed over in memory."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    logging.getLogger("vllm").setLevel(logging.ERROR)
+    if device.type == "cpu":
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
+        # unless this is set vLLM leaves torch one thread, in the update too
+        os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    from vllm import LLM
+    return LLM(args.model, dtype=dtype, seed=args.seed, enforce_eager=device.type == "cpu",
+               max_model_len=args.max_prompt_tokens + args.max_response_tokens,
+               gpu_memory_utilization=0.55, distributed_executor_backend="external_launcher",
+               logprobs_mode="processed_logprobs",  # of what is sampled from: after temperature
+               use_tqdm_on_load=False)
+
+def sync_weights(llm, model):
+    """The trainer's weights into vLLM, in place. Cached prefixes belong to the old ones."""
+    weights = ((name, p.detach()) for name, p in model.named_parameters())
+    llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=weights))
+    llm.reset_prefix_cache()
+
+def generate(llm, questions, n, seed, max_tokens, **sampling):
+    """n rollouts for each question: a list of groups, in the order of the questions."""
+    from vllm import SamplingParams
+    # One global seed, none a request: the latter crashes on CPU, the former repeats bit for bit.
+    torch.manual_seed(seed)
+    params = SamplingParams(n=n, max_tokens=max_tokens, logprobs=0, flat_logprobs=True, **sampling)
+    prompts = [dict(prompt_token_ids=q["prompt_ids"]) for q in questions]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    return [[Rollout(row, q["prompt_ids"], list(o.token_ids), np.float32(o.logprobs.logprobs),
+                     o.text, o.finish_reason == "stop") for o in output.outputs]
+            for row, (q, output) in enumerate(zip(questions, outputs))]
+
+def sample_groups(llm, verifier, tokenizer, questions, first_row, step, args):
+    """This rank's rollouts of a step: marked, and each with its teacher's prompt."""
+    groups = generate(llm, questions, args.rollouts, hash((args.seed, step, first_row)) % 2**31,
+                      args.max_response_tokens, temperature=args.temperature)
+    rollouts = [r for group in groups for r in group]
+    golds = [q["answer"] for q in questions for _ in range(args.rollouts)]
+    for r, reward in zip(rollouts, verifier.verify([r.text for r in rollouts], golds)):
+        r.reward, r.row = reward, r.row + first_row
+    for question, group in zip(questions, groups):
+        rng = random.Random(f"{args.seed}/{step}/{group[0].row}")  # whatever the number of ranks
+        for i, r in enumerate(group):
+            j = choose_demonstration([sibling.reward for sibling in group], i, rng)
+            if j is not None:
+                shown = demonstration_text(group[j].text, args.demonstration)
+                messages = teacher_messages(question["messages"], shown)
+                r.teacher_prompt_ids = render(tokenizer, messages, args.enable_thinking)
+    return rollouts
+
+def exchange(items):
+    """Every rank's list, joined in the order of the ranks."""
+    lists = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, items)
+    return [item for part in lists for item in part]
+
+# --- update --------------------------------------------------------------------------------------
+
+def deal(rollouts, world_size):
+    """Longest first, each to the rank with the fewest tokens so far: one list a rank."""
+    hands, load = [[] for _ in range(world_size)], [0] * world_size
+    for r in sorted(rollouts, key=lambda r: -r.tokens()):
+        rank = load.index(min(load))
+        hands[rank].append(r)
+        load[rank] += r.tokens()
+    return hands
+
+def micro_batches(rollouts, token_budget):
+    """Neighbours in length together, as many as fit the budget once padded to the longest."""
+    batches = []
+    for r in sorted(rollouts, key=lambda r: r.tokens()):
+        if batches and (len(batches[-1]) + 1) * r.tokens() <= token_budget:
+            batches[-1].append(r)
+        else:
+            batches.append([r])
+    return batches
+
+def response_hidden(model, prompts, responses, device):
+    """Last hidden states that predict the response tokens, (N, D), sequence by sequence.
+
+    Padded on the right, and no attention mask: under causal attention no real token sees the
+    padding behind it, so that the fast kernel applies.
+    """
+    width = max(len(p) + len(y) for p, y in zip(prompts, responses))
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)  # (B, T)
+    mask = torch.zeros(len(prompts), width, dtype=torch.bool)
+    for i, (p, y) in enumerate(zip(prompts, responses)):
+        ids[i, : len(p) + len(y)] = torch.tensor([*p, *y])
+        mask[i, len(p) - 1 : len(p) + len(y) - 1] = True  # position t predicts token t + 1
+    hidden = model.get_decoder()(input_ids=ids.to(device), use_cache=False).last_hidden_state
+    return hidden[mask.to(device)]
+
+class Student(torch.nn.Module):
+    """What DDP wraps: backbone, head and loss in one forward, so that its hooks see them all."""
+
+    def __init__(self, model, args, device):
+        super().__init__()
+        self.model, self.args, self.device = model, args, device
+
+    def forward(self, micro, teacher=None):
+        """(divergence, log-probability) of a micro-batch's response tokens, both (N,)."""
+        prompts, responses = zip(*((r.prompt_ids, r.response_ids) for r in micro))
+        targets = torch.tensor([t for y in responses for t in y], device=self.device)
+        # bfloat16 on CUDA, over float32 weights: bfloat16 ones would not move at lr 1e-5
+        with torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda"):
+            if teacher is not None:
+                with torch.no_grad():
+                    shown = [r.teacher_prompt_ids or r.prompt_ids for r in micro]
+                    hidden = response_hidden(teacher, shown, responses, self.device)
+                    teacher = (hidden, teacher.get_output_embeddings())
+            hidden = response_hidden(self.model, prompts, responses, self.device)
+            return token_losses(hidden, self.model.get_output_embeddings(), targets,
+                                self.args.temperature, teacher, self.args.top_k, self.args.alpha)
+
+def trainer_logprobs(student, rollouts):
+    """{id(rollout): (T,)}: log-probabilities under the weights as they are now."""
+    logprobs = {}
+    for micro in micro_batches(rollouts, student.args.tokens_per_micro_batch):
+        with torch.no_grad():
+            parts = student(micro)[1].split([len(r.response_ids) for r in micro])
+        logprobs.update((id(r), part) for r, part in zip(micro, parts))
+    return logprobs
+
+def backward(ddp, teacher, minibatch, hand, old):
+    """Leaves the mini-batch's gradient, over all ranks, in .grad; returns all micro-batches' stats.
+
+    `hand` is this rank's share of the mini-batch's distilled rollouts, `old` their
+    log-probabilities at the step's start (None: the weights have not moved since).
+    """
+    args, device, stats = ddp.module.args, ddp.module.device, []
+    weights = loss_weights(minibatch, args.loss_mean)
+    # A rank with an empty hand still has to join the all-reduce, with a gradient of 0.
+    batches = micro_batches(hand, args.tokens_per_micro_batch) or [minibatch[:1]]
+    for i, micro in enumerate(batches):
+        vllm = torch.from_numpy(np.concatenate([r.logprobs for r in micro])).to(device)
+        weight = torch.tensor([weights[id(r)] if hand else 0.0 for r in micro for _ in r.logprobs],
+                              device=device)
+        # DDP's all-reduce comes once, with the last micro-batch; ranks may differ in their number
+        with contextlib.nullcontext() if i == len(batches) - 1 else ddp.no_sync():
+            loss, logprobs = ddp(micro, teacher)
+            before = logprobs.detach() if old is None else torch.cat([old[id(r)] for r in micro])
+            ratio, correction = importance_weight(logprobs, before), importance_weight(before, vllm)
+            loss = (loss * ratio * correction * weight).sum()
+            (loss * dist.get_world_size()).backward()  # DDP takes the mean of what is a sum
+        gap = (before - vllm).abs()
+        stats += [dict(loss=loss.item(), tokens=len(gap), gap=gap.sum().item(),
+                       gap_max=gap.max().item(),
+                       clipped=(torch.maximum(ratio, correction) >= 2).sum().item())]
+    return exchange(stats if hand else [])
+
+def check_engine(stats, device):
+    """Ends the run if vLLM samples from other weights than the trainer's.
+
+    Measured means of |log p_vllm - log p_trainer|: 1e-6 in float32, 0.2 where the engine kept a
+    stale head (tied embeddings on CPU). bfloat16 rounds to about 1e-2.
+    """
+    limit = 1e-3 if device.type == "cpu" else 0.1
+    mismatch = sum(s["gap"] for s in stats) / sum(s["tokens"] for s in stats)
+    if not mismatch <= limit:
+        sys.exit(f"error: vLLM's log-probabilities are {mismatch:.3g} a token away from the "
+                 f"trainer's (limit {limit}): its weights are stale. This update was not made.")
+
+def update(ddp, teacher, optimizer, rollouts):
+    """One optimizer step a mini-batch; returns the metrics. Every rank holds all the rollouts."""
+    student, args, minibatches = ddp.module, ddp.module.args, []
+    for first in range(0, args.questions_per_step, args.minibatch_questions):
+        rows = range(first, first + args.minibatch_questions)
+        minibatch = [r for r in rollouts if r.row in rows]
+        hands = deal([r for r in minibatch if r.teacher_prompt_ids], dist.get_world_size())
+        if any(hands):  # else no group has two successes: nothing to distil, no time spent
+            minibatches.append((minibatch, hands[dist.get_rank()]))
+    # the first update starts from the step's own weights; the later ones have to remember them
+    old = trainer_logprobs(student, [r for _, hand in minibatches[1:] for r in hand])
+    stats, norms = [], []
+    for i, (minibatch, hand) in enumerate(minibatches):
+        optimizer.zero_grad(set_to_none=True)
+        stats += backward(ddp, teacher, minibatch, hand, old if i else None)
+        check_engine(stats, student.device)
+        norms.append(torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0).item())  # Table 8
+        if math.isfinite(norms[-1]):
+            optimizer.step()
+    tokens = max(1, sum(s["tokens"] for s in stats))
+    return dict(loss=sum(s["loss"] for s in stats) / max(1, len(minibatches)), grad_norm=mean(norms),
+                mismatch=sum(s["gap"] for s in stats) / tokens,
+                mismatch_max=max((s["gap_max"] for s in stats), default=0.0),
+                clipped=sum(s["clipped"] for s in stats) / tokens,
+                updates=sum(map(math.isfinite, norms)), trained_tokens=tokens)
+
+# --- run -----------------------------------------------------------------------------------------
+
+def start_process_group():
+    """torchrun's group, or under plain python one of a single process; returns its device."""
+    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1).items():
+        os.environ.setdefault(name, str(value))
+    if not torch.cuda.is_available():
+        dist.init_process_group("gloo", **alone)
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl", **alone)
+    return device
+
+def question_stream(questions, seed):
+    """Shuffled epoch after epoch, without end; a small set repeats within a step (Sec. 6.2)."""
+    rng = random.Random(seed)
+    while True:
+        yield from rng.sample(questions, len(questions))
+
+def mean(values):
+    values = list(values)
+    return sum(values) / max(1, len(values))
+
+def write_lines(path, rows):
+    """JSON Lines, written aside and renamed, so that a reader never finds half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".part")
+    aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    aside.rename(path)
+
+def save_checkpoint(model, tokenizer, step, args):
+    """An ordinary Hugging Face folder, written aside and renamed."""
+    folder = Path(args.run_dir) / f"checkpoints/step_{step}"
+    aside = folder.with_name(folder.name + ".part")
+    model.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    aside.rename(folder)
+
+def evaluate(llm, verifier, benchmarks, step, args):
+    """Score, length and markers on every benchmark, into eval/step_N.json and .jsonl."""
+    records, summary = [], {}
+    for name, questions in benchmarks.items():
+        mine = list(enumerate(questions))[dist.get_rank() :: dist.get_world_size()]
+        # the authors' sampling for this; Table 11 adds top-k 20 after training
+        groups = generate(llm, [q for _, q in mine], args.eval_rollouts, args.seed,
+                          args.max_response_tokens, temperature=0.6, top_p=0.95)
+        answers = [(i, q, r) for (i, q), group in zip(mine, groups) for r in group]
+        marks = verifier.verify([r.text for _, _, r in answers],
+                                [q["answer"] for _, q, _ in answers], after_think=True)
+        rows = exchange([
+            dict(benchmark=name, index=i, question=q["messages"][-1]["content"], answer=q["answer"],
+                 response=r.text, correct=mark, tokens=len(r.response_ids), finished=r.finished,
+                 epistemic=epistemic.count(r.text)) for (i, q, r), mark in zip(answers, marks)])
+        summary[name] = {key: mean(row[key] for row in rows)
+                         for key in ("correct", "tokens", "epistemic", "finished")}
+        records += sorted(rows, key=lambda row: row["index"])
+    if dist.get_rank() == 0:
+        write_lines(Path(args.run_dir) / f"eval/step_{step}.jsonl", records)
+        write_lines(Path(args.run_dir) / f"eval/step_{step}.json", [summary])
+        for name, s in summary.items():
+            tqdm.write(f"  eval {name:10s} score {s['correct']:.3f}  len {s['tokens']:6,.0f}  "
+                       f"epistemic {s['epistemic']:5.1f}")
+
+def main():
+    args = parse_args()
+    check_args(args, int(os.environ.get("WORLD_SIZE", 1)))
+    tokenizer, config = load_tokenizer(args)
+    if args.max_prompt_tokens + args.max_response_tokens > config.max_position_embeddings:
+        fail(f"--max_prompt_tokens + --max_response_tokens is more than the "
+             f"{config.max_position_embeddings:,} positions of {args.model}")
+    questions = with_prompts(args.data, tokenizer, args)
+    benchmarks = {Path(s).stem: with_prompts(s, tokenizer, args) for s in args.eval_data}
+    device = start_process_group()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    import transformers
+    transformers.logging.disable_progress_bar()
+    llm = make_engine(args, device, "bfloat16" if device.type == "cuda" else "float32")
+    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    model.to(device)
+    # The teacher: the initial weights, for ever (Sec. 5.4) unless --ema moves them.
+    fixed = torch.bfloat16 if device.type == "cuda" and not args.ema else torch.float32
+    teacher = copy.deepcopy(model).to(fixed).requires_grad_(False)
+    if device.type == "cuda":
+        model.gradient_checkpointing_enable(dict(use_reentrant=False))
+        model.train()
+    ddp = DistributedDataParallel(Student(model, args, device), gradient_as_bucket_view=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)  # Table 8
+    sync_weights(llm, model)
+
+    run_dir = Path(args.run_dir)
+    if rank == 0:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
+                                capture_output=True, text=True).stdout.strip()
+        write_lines(run_dir / "config.json", [dict(
+            vars(args), script="sdpo.py", commit=commit, world_size=world_size,
+            versions=dict(torch=torch.__version__, transformers=transformers.__version__))])
+        print(f"{args.model}: {model.num_parameters():,} parameters, {len(questions):,} questions, "
+              f"{world_size} x {device.type}; results in {run_dir}", flush=True)
+    stream = question_stream(questions, args.seed)
+    share = args.questions_per_step // world_size
+    with Verifier() as verifier:
+        evaluate(llm, verifier, benchmarks, 0, args)
+        for step in tqdm(range(1, args.steps + 1), disable=True if rank else None):
+            clock = [("start", time.time())]
+            batch = list(itertools.islice(stream, args.questions_per_step))
+            mine = batch[rank * share : (rank + 1) * share]
+            rollouts = exchange(sample_groups(llm, verifier, tokenizer, mine, rank * share, step,
+                                              args))
+            clock.append(("rollout", time.time()))
+            lr = args.lr * min(1, step / max(1, args.warmup_steps))
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            metrics = update(ddp, teacher, optimizer, rollouts)
+            clock.append(("update", time.time()))
+            if args.ema:  # once a step, after all its updates
+                for t, s in zip(teacher.parameters(), model.parameters()):
+                    t.lerp_(s.detach(), args.ema)
+            sync_weights(llm, model)
+            clock.append(("sync", time.time()))
+            if step % args.eval_every == 0 or step == args.steps:
+                evaluate(llm, verifier, benchmarks, step, args)
+                clock.append(("eval", time.time()))
+            if rank == 0 and (step % args.save_every == 0 or step == args.steps):
+                save_checkpoint(model, tokenizer, step, args)
+                clock.append(("save", time.time()))
+            if rank == 0:
+                log(run_dir, step, rollouts, metrics, lr, clock, device)
+    llm.llm_engine.engine_core.shutdown()  # left open, it prints tracebacks at exit
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+def log(run_dir, step, rollouts, metrics, lr, clock, device):
+    """A line of metrics.jsonl, one on the screen, and the step's first 64 texts."""
+    seconds = {phase: end - start for (_, start), (phase, end) in itertools.pairwise(clock)}
+    tokens = sum(len(r.response_ids) for r in rollouts)
+    peak = (torch.cuda.max_memory_allocated() if device.type == "cuda"
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    m = dict(step=step, score=mean(r.reward for r in rollouts), length=tokens / len(rollouts),
+             epistemic=mean(epistemic.count(r.text) for r in rollouts),
+             truncated=mean(not r.finished for r in rollouts),
+             distilled=mean(bool(r.teacher_prompt_ids) for r in rollouts), **metrics, lr=lr,
+             seconds=seconds, tokens_per_second=tokens / sum(seconds.values()),
+             peak_memory_gb=peak / 1e9)
+    with open(run_dir / "metrics.jsonl", "a") as f:
+        f.write(json.dumps(m) + "\n")
+    write_lines(run_dir / f"rollouts/step_{step}.jsonl", [
+        dict(row=r.row, reward=r.reward, tokens=len(r.response_ids), finished=r.finished,
+             response=r.text) for r in rollouts[:64]])
+    tqdm.write(f"step {step:3d}  score {m['score']:.3f}  len {m['length']:6,.0f}  epistemic "
+               f"{m['epistemic']:5.1f}  loss {m['loss']:.4f}  | "
+               + "  ".join(f"{k} {v:.1f} s" for k, v in seconds.items())
+               + f" | {m['tokens_per_second']:,.0f} tok/s")
+
+if __name__ == "__main__":
+    main()

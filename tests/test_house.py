@@ -1,0 +1,47 @@
+"""What holds the files together: no script imports another, and what they repeat is one text."""
+import ast
+import collections
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = [name for name in ("generate_conditions.py", "sft_distill.py", "grpo.py", "sdpo.py",
+                             "evaluate.py") if (ROOT / name).exists()]
+OWN = {"main", "parse_args", "check_args", "log"}  # every script's own, by their nature
+
+
+def functions(name):
+    tree = ast.parse((ROOT / name).read_text())
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    return {node.name: ast.unparse(node) for node in tree.body if isinstance(node, kinds)}
+
+
+def test_a_function_of_one_name_is_one_text():
+    texts = collections.defaultdict(dict)
+    for name in SCRIPTS:
+        for function, text in functions(name).items():
+            texts[function][name] = text
+    shared = {f: t for f, t in texts.items() if len(t) > 1 and f not in OWN}
+    assert shared  # at least the prompts' functions
+    drifted = [f"{f}: {', '.join(t)}" for f, t in shared.items() if len(set(t.values())) > 1]
+    assert not drifted
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "report.py"])
+def test_scripts_import_only_the_shared_two(name):
+    ours = {path.stem for path in ROOT.glob("*.py")}
+    imported = set()
+    for node in ast.walk(ast.parse((ROOT / name).read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module.split(".")[0])
+    assert imported & ours <= ({"epistemic", "verifier"} if name != "report.py" else {"epistemic"})
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_vllm_and_transformers_are_imported_late(name):
+    top = [node for node in ast.parse((ROOT / name).read_text()).body
+           if isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert not any("vllm" in ast.unparse(node) or "transformers" in ast.unparse(node) for node in top)
