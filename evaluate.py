@@ -157,6 +157,9 @@ def with_prompts(source, tokenizer, args):
     if not kept:
         fail(f"{source}: all {len(questions)} prompts are longer than --max_prompt_tokens "
              f"{args.max_prompt_tokens}")
+    if len(kept) < len(questions) and int(os.environ.get("RANK", 0)) == 0:
+        print(f"{source}: left out {len(questions) - len(kept):,} of {len(questions):,} prompts, "
+              f"longer than --max_prompt_tokens {args.max_prompt_tokens}")
     return kept
 
 # --- run -----------------------------------------------------------------------------------------
@@ -205,7 +208,8 @@ def main():
     device = start_process_group()
     rank, world_size = dist.get_rank(), dist.get_world_size()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    logging.getLogger("vllm").setLevel(logging.ERROR)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    logging.getLogger("vllm").setLevel(logging.ERROR)  # of what it says before it reads that
     if device.type == "cpu":
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
         os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))

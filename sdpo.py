@@ -120,6 +120,9 @@ def check_args(args, world_size):
     if args.questions_per_step % world_size:
         fail(f"--questions_per_step {args.questions_per_step} cannot be split evenly among "
              f"{world_size} ranks")
+    names = [Path(source).stem for source in args.eval_data]
+    if len(set(names)) < len(names):
+        fail(f"--eval_data: two benchmarks have one name ({' '.join(names)})")
     run_dir = Path(args.run_dir)
     if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         fail(f"--run_dir {run_dir} already holds results: name another folder or remove it")
@@ -160,6 +163,9 @@ def with_prompts(source, tokenizer, args):
     if not kept:
         fail(f"{source}: all {len(questions)} prompts are longer than --max_prompt_tokens "
              f"{args.max_prompt_tokens}")
+    if len(kept) < len(questions) and int(os.environ.get("RANK", 0)) == 0:
+        print(f"{source}: left out {len(questions) - len(kept):,} of {len(questions):,} prompts, "
+              f"longer than --max_prompt_tokens {args.max_prompt_tokens}")
     return kept
 
 def demonstration_text(response, form):
@@ -278,7 +284,8 @@ class Rollout:
 def make_engine(args, device, dtype):
     """vLLM in this very process, one engine a rank: weights are handed over in memory."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    logging.getLogger("vllm").setLevel(logging.ERROR)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    logging.getLogger("vllm").setLevel(logging.ERROR)  # of what it says before it reads that
     if device.type == "cpu":
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
         # unless this is set vLLM leaves torch one thread, in the update too
@@ -529,6 +536,28 @@ def evaluate(llm, verifier, benchmarks, step, args):
             tqdm.write(f"  eval {name:10s} score {s['correct']:.3f}  len {s['tokens']:6,.0f}  "
                        f"epistemic {s['epistemic']:5.1f}")
 
+def log(run_dir, step, rollouts, metrics, lr, clock, device):
+    """A line of metrics.jsonl, one on the screen, and the step's first 64 texts."""
+    seconds = {phase: end - start for (_, start), (phase, end) in itertools.pairwise(clock)}
+    tokens = sum(len(r.response_ids) for r in rollouts)
+    peak = (torch.cuda.max_memory_allocated() if device.type == "cuda"
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    m = dict(step=step, score=mean(r.reward for r in rollouts), length=tokens / len(rollouts),
+             epistemic=mean(epistemic.count(r.text) for r in rollouts),
+             truncated=mean(not r.finished for r in rollouts),
+             distilled=mean(bool(r.teacher_prompt_ids) for r in rollouts), **metrics, lr=lr,
+             seconds=seconds, tokens_per_second=tokens / sum(seconds.values()),
+             peak_memory_gb=peak / 1e9)
+    with open(run_dir / "metrics.jsonl", "a") as f:
+        f.write(json.dumps(m) + "\n")
+    write_lines(run_dir / f"rollouts/step_{step}.jsonl", [
+        dict(row=r.row, reward=r.reward, tokens=len(r.response_ids), finished=r.finished,
+             response=r.text) for r in rollouts[:64]])
+    tqdm.write(f"step {step:3d}  score {m['score']:.3f}  len {m['length']:6,.0f}  epistemic "
+               f"{m['epistemic']:5.1f}  loss {m['loss']:.4f}  | "
+               + "  ".join(f"{k} {v:.1f} s" for k, v in seconds.items())
+               + f" | {m['tokens_per_second']:,.0f} tok/s")
+
 def main():
     args = parse_args()
     check_args(args, int(os.environ.get("WORLD_SIZE", 1)))
@@ -596,28 +625,6 @@ def main():
     llm.llm_engine.engine_core.shutdown()  # left open, it prints tracebacks at exit
     if dist.is_initialized():
         dist.destroy_process_group()
-
-def log(run_dir, step, rollouts, metrics, lr, clock, device):
-    """A line of metrics.jsonl, one on the screen, and the step's first 64 texts."""
-    seconds = {phase: end - start for (_, start), (phase, end) in itertools.pairwise(clock)}
-    tokens = sum(len(r.response_ids) for r in rollouts)
-    peak = (torch.cuda.max_memory_allocated() if device.type == "cuda"
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    m = dict(step=step, score=mean(r.reward for r in rollouts), length=tokens / len(rollouts),
-             epistemic=mean(epistemic.count(r.text) for r in rollouts),
-             truncated=mean(not r.finished for r in rollouts),
-             distilled=mean(bool(r.teacher_prompt_ids) for r in rollouts), **metrics, lr=lr,
-             seconds=seconds, tokens_per_second=tokens / sum(seconds.values()),
-             peak_memory_gb=peak / 1e9)
-    with open(run_dir / "metrics.jsonl", "a") as f:
-        f.write(json.dumps(m) + "\n")
-    write_lines(run_dir / f"rollouts/step_{step}.jsonl", [
-        dict(row=r.row, reward=r.reward, tokens=len(r.response_ids), finished=r.finished,
-             response=r.text) for r in rollouts[:64]])
-    tqdm.write(f"step {step:3d}  score {m['score']:.3f}  len {m['length']:6,.0f}  epistemic "
-               f"{m['epistemic']:5.1f}  loss {m['loss']:.4f}  | "
-               + "  ".join(f"{k} {v:.1f} s" for k, v in seconds.items())
-               + f" | {m['tokens_per_second']:,.0f} tok/s")
 
 if __name__ == "__main__":
     main()

@@ -185,53 +185,58 @@ def test_padding_changes_nothing():
 
 
 TWO_RANKS = """
-import sys, random, numpy as np, torch, torch.distributed as dist
+import sys, random, json, numpy as np, torch
 from argparse import Namespace
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 import sdpo
 torch.manual_seed(0)
-dist.init_process_group("gloo")
-args = Namespace(temperature=1.0, top_k=20, alpha=0.5, loss_mean=sys.argv[2],
-                 tokens_per_micro_batch=int(sys.argv[3]))
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
-teacher = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
-rng = random.Random(1)
-draw = lambda n: [rng.randrange(5, 400) for _ in range(n)]
-batch = [sdpo.Rollout(i, draw(4), y := draw(rng.randint(1, 60)),
-                      np.array([-3.0 + rng.random() for _ in y], np.float32), "", True, 0.0,
-                      draw(30) if i % 3 else None) for i in range(int(sys.argv[4]))]
-ddp = DistributedDataParallel(sdpo.Student(model, args, torch.device("cpu")))
-hand = sdpo.deal([r for r in batch if r.teacher_prompt_ids], dist.get_world_size())[dist.get_rank()]
-stats = sdpo.backward(ddp, teacher, batch, hand, None)
-print(f"rank {dist.get_rank()}: {len(sdpo.micro_batches(hand, args.tokens_per_micro_batch))}")
-if dist.get_rank() == 0:
-    grads = {n: p.grad for n, p in model.named_parameters()}
-    torch.save(dict(grads=grads, loss=sum(s["loss"] for s in stats)), sys.argv[5])
-dist.destroy_process_group()
+device = sdpo.start_process_group()
+rank, world_size = sdpo.dist.get_rank(), sdpo.dist.get_world_size()
+results = []
+for loss_mean, budget, size in json.loads(sys.argv[2]):
+    args = Namespace(temperature=1.0, top_k=20, alpha=0.5, loss_mean=loss_mean,
+                     tokens_per_micro_batch=budget)
+    model, teacher = (AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+                      for _ in range(2))
+    rng = random.Random(1)
+    draw = lambda n: [rng.randrange(5, 400) for _ in range(n)]
+    batch = [sdpo.Rollout(i, draw(4), y := draw(rng.randint(1, 60)),
+                          np.array([-3.0 + rng.random() for _ in y], np.float32), "", True, 0.0,
+                          draw(30) if i % 3 else None) for i in range(size)]
+    ddp = DistributedDataParallel(sdpo.Student(model, args, device))
+    hand = sdpo.deal([r for r in batch if r.teacher_prompt_ids], world_size)[rank]
+    stats = sdpo.backward(ddp, teacher, batch, hand, None)
+    results.append(dict(grads={n: p.grad for n, p in model.named_parameters()},
+                        loss=sum(s["loss"] for s in stats),
+                        counts=sdpo.exchange([len(sdpo.micro_batches(hand, budget))])))
+if rank == 0:
+    torch.save(results, sys.argv[3])
+sdpo.dist.destroy_process_group()
 """
+CASES = [("sequence", 200, 23), ("token", 200, 23),
+         ("sequence", 200, 2)]  # one distilled rollout: the second rank's hand is empty
 
 
-def gradient(tmp_path, ranks, *argv):
-    out = tmp_path / f"{ranks}.pt"
-    (tmp_path / "job.py").write_text(TWO_RANKS)
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-         str(ranks), tmp_path / "job.py", ROOT / "toy/model", *map(str, argv), out],
-        env=dict(os.environ, PYTHONPATH=str(ROOT)), capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
-    counts = [int(line.split()[-1]) for line in result.stdout.splitlines() if "rank" in line]
-    return torch.load(out), counts
+@pytest.fixture(scope="module")
+def gradients(tmp_path_factory):
+    """The results of CASES on one rank and on two."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "job.py").write_text(TWO_RANKS)
+    for ranks in (1, 2):
+        result = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+             str(ranks), folder / "job.py", ROOT / "toy/model", json.dumps(CASES),
+             folder / f"{ranks}.pt"],
+            env=dict(os.environ, PYTHONPATH=str(ROOT)), capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[-2000:]
+    return [torch.load(folder / f"{ranks}.pt") for ranks in (1, 2)]
 
 
-@pytest.mark.parametrize("loss_mean, budget, size", [
-    ("sequence", 300, 17), ("token", 300, 17),
-    ("sequence", 300, 2),  # one distilled rollout: the second rank's hand is empty
-])
-def test_two_ranks_give_the_gradient_of_one(tmp_path, loss_mean, budget, size):
-    one, _ = gradient(tmp_path, 1, loss_mean, budget, size)
-    two, counts = gradient(tmp_path, 2, loss_mean, budget, size)
-    assert counts[0] != counts[1]  # unequal numbers of micro-batches, as intended
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_two_ranks_give_the_gradient_of_one(gradients, case):
+    one, two = (results[case] for results in gradients)
+    assert two["counts"][0] != two["counts"][1]  # unequal numbers of micro-batches, as intended
     assert one["loss"] == pytest.approx(two["loss"], rel=1e-5) and one["loss"] > 0
     scale = max(g.abs().max() for g in one["grads"].values())
     for name, g in one["grads"].items():

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import torch
-from problems import SPLITS, pretraining_example
+from problems import pretraining_example
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -32,7 +32,7 @@ CHAT_TEMPLATE = (  # Qwen3's, without tools
 
 def draw(rng):
     """Long searches are rarer in pretraining than short ones: that makes them hard."""
-    low, high = rng.choices(list(SPLITS.values()), [6, 4, 3])[0]
+    low, high = rng.choices([(4, 10), (11, 15), (16, 22)], [6, 4, 1])[0]
     return pretraining_example(rng, low, high)
 
 
@@ -60,41 +60,34 @@ def make_tokenizer(rng):
     return fast
 
 
-def batches(rng, tokenizer, tokens_per_batch):
-    """Endless batches (ids, labels), each of answers of nearly one length, right-padded."""
-    while True:
-        rows = []
-        for _ in range(2000):
-            user, answer = draw(rng)
-            prompt = tokenizer.apply_chat_template(
-                [dict(role="user", content=user)], add_generation_prompt=True, tokenize=False
-            )
-            p = tokenizer.encode(prompt, add_special_tokens=False)
-            y = tokenizer.encode(answer + "<|im_end|>", add_special_tokens=False)
-            rows.append((p + y, len(p)))
-        rows.sort(key=lambda r: len(r[0]))
-        group, groups = [], []
-        for r in rows:
-            if (len(group) + 1) * len(r[0]) > tokens_per_batch:
-                groups.append(group)
-                group = []
-            group.append(r)
-        rng.shuffle(groups)
-        for group in groups:
-            width = max(len(ids) for ids, _ in group)
-            ids = torch.full((len(group), width), tokenizer.pad_token_id)
-            labels = torch.full((len(group), width), -100)
-            for i, (row, n_prompt) in enumerate(group):
-                ids[i, : len(row)] = torch.tensor(row)
-                labels[i, n_prompt : len(row)] = torch.tensor(row[n_prompt:])
-            yield ids, labels
+def batch(rng, tokenizer, size):
+    """(ids, targets) of `size` examples in two pieces by length, right-padded; -100: no loss.
+
+    One step takes both: a step of one length only learns that length, and unlearns the others.
+    """
+    rows = []
+    for _ in range(size):
+        user, answer = draw(rng)
+        prompt = tokenizer.apply_chat_template(
+            [dict(role="user", content=user)], add_generation_prompt=True, tokenize=False)
+        p = tokenizer.encode(prompt, add_special_tokens=False)
+        rows.append((p, tokenizer.encode(answer + "<|im_end|>", add_special_tokens=False)))
+    rows.sort(key=lambda row: len(row[0]) + len(row[1]))
+    for i in range(0, size, size // 2):
+        piece = rows[i : i + size // 2]
+        ids = torch.zeros(len(piece), len(piece[-1][0]) + len(piece[-1][1]), dtype=torch.long)
+        targets = torch.full_like(ids, -100)
+        for j, (p, y) in enumerate(piece):
+            ids[j, : len(p) + len(y)] = torch.tensor(p + y)
+            targets[j, len(p) - 1 : len(p) + len(y) - 1] = torch.tensor(y)
+        yield ids, targets
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default=str(Path(__file__).parent / "model"))
     parser.add_argument("--steps", type=int, default=1400)
-    parser.add_argument("--tokens_per_batch", type=int, default=6144)
+    parser.add_argument("--batch", type=int, default=32, help="examples a step, an even number")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -111,29 +104,29 @@ def main():
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
     # "Wait," or "Check.": to stop or not is one token in twenty, and the last thing that is learned
     decisions = torch.tensor([tokenizer.convert_tokens_to_ids(f"Ġ{w}") for w in ("Wait", "Check")])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01, betas=(0.9, 0.98))
     start, seen = time.time(), 0
-    for step, (ids, labels) in enumerate(batches(rng, tokenizer, args.tokens_per_batch)):
-        if step == args.steps:
-            break
+    for step in range(1, args.steps + 1):
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1, (step + 1) / 50) * (1 - step / args.steps)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            hidden = model.model(input_ids=ids).last_hidden_state  # (B, T, D)
-            target = labels[:, 1:]
-            keep = target != -100
-            logits = model.lm_head(hidden[:, :-1][keep])
-        loss = torch.nn.functional.cross_entropy(logits.float(), target[keep], reduction="none")
-        weight = 1 + 4 * torch.isin(target[keep], decisions)
-        loss = (loss * weight).sum() / weight.sum()
+            group["lr"] = args.lr * min(1, step / 50) * (1 - (step - 1) / args.steps)
+        pieces = list(batch(rng, tokenizer, args.batch))
+        weights = [(t != -100) * (1 + 2 * torch.isin(t, decisions)) for _, t in pieces]
+        total = sum(w.sum() for w in weights)
         optimizer.zero_grad()
-        loss.backward()
+        for (ids, targets), weight in zip(pieces, weights):
+            keep = targets != -100
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                logits = model.lm_head(model.model(input_ids=ids).last_hidden_state[keep])
+            loss = torch.nn.functional.cross_entropy(
+                logits.float(), targets[keep], reduction="none")
+            ((loss * weight[keep]).sum() / total).backward()
+            seen += ids.numel()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        seen += ids.numel()
-        if step % 25 == 24:
+        if step % 50 == 0:
             rate = seen / (time.time() - start)
-            print(f"step {step + 1:4d}/{args.steps}  loss {loss.item():.3f}  {rate:,.0f} tokens/s", flush=True)
+            print(f"step {step:4d}/{args.steps}  loss of the longest {loss.mean().item():.3f}  "
+                  f"{rate:,.0f} tokens/s", flush=True)
     model.half().save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     print(f"wrote {args.out} after {time.time() - start:.0f} s")

@@ -7,7 +7,7 @@ announces an answer is not. The modulus m is the difficulty: a search takes up t
     split   m         what it stands for
     in      4 .. 10   the questions that are trained on (train.jsonl) and fresh ones like them
     mid    11 .. 15   DAPO-like breadth
-    ood    16 .. 22   AIME-like: longer searches than any that training shows
+    ood    18 .. 22   AIME-like: longer searches than any that training shows
 
     python toy/problems.py          # writes toy/data/{train,in,mid,ood}.jsonl, seeded; no question twice
 """
@@ -18,7 +18,7 @@ import math
 import random
 from pathlib import Path
 
-SPLITS = {"in": (4, 10), "mid": (11, 15), "ood": (16, 22)}
+SPLITS = {"in": (4, 10), "mid": (11, 15), "ood": (18, 22)}
 INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 CLOSE = "Correctly solve the original question."
@@ -33,10 +33,10 @@ CLOSE_UNCERTAIN = (  # App. C
 # Table 1's ordering (1) > (3) > (4) > (2). What distillation then does to accuracy is measured.
 STYLE = {
     "unguided": (0.0, 0.0),
-    "without_think": (0.15, 0.03),
-    "uncertain": (0.5, 0.12),  # App. C's prompt, asked with a full solution
-    "regenerated": (0.65, 0.12),
-    "full": (0.95, 0.30),
+    "without_think": (0.15, 0.02),
+    "uncertain": (0.5, 0.06),  # App. C's prompt, asked with a full solution
+    "regenerated": (0.7, 0.06),
+    "full": (0.9, 0.12),
 }
 
 
