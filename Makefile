@@ -4,7 +4,7 @@ BIN := .venv/bin
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 REQUIREMENTS := $(if $(GPU),requirements.txt,requirements-cpu.txt)
 QUIET := PYTHONWARNINGS=ignore TORCH_CPP_LOG_LEVEL=ERROR
-TOY := --max_response_tokens 768
+TOY := --max_response_tokens 640
 SPLITS := toy/data/in.jsonl toy/data/mid.jsonl toy/data/ood.jsonl
 
 .PHONY: demo test
@@ -13,7 +13,7 @@ demo: .venv/installed
 	$(QUIET) $(BIN)/python evaluate.py --model toy/model --data $(SPLITS) $(TOY) --samples 4 \
 	    --out runs/demo/before
 	$(QUIET) $(BIN)/torchrun sdpo.py --model toy/model --data toy/data/train.jsonl $(TOY) \
-	    --eval_data $(SPLITS) --questions_per_step 32 --minibatch_questions 32 --lr 1e-4 \
+	    --eval_data $(SPLITS) --questions_per_step 32 --minibatch_questions 32 --lr 2e-4 \
 	    --steps 40 --warmup_steps 5 --tokens_per_micro_batch 8192 --save_every 40 \
 	    --run_dir runs/demo/sdpo
 	$(QUIET) $(BIN)/python evaluate.py --model runs/demo/sdpo/checkpoints/step_40 \
