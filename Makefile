@@ -14,23 +14,24 @@ demo: .venv/installed
 	    --out runs/demo/before
 	$(QUIET) $(BIN)/torchrun sdpo.py --model toy/model --data toy/data/train.jsonl $(TOY) \
 	    --eval_data $(SPLITS) --questions_per_step 32 --minibatch_questions 32 --lr 2e-4 \
-	    --steps 40 --warmup_steps 5 --tokens_per_micro_batch 8192 --save_every 40 \
+	    --steps 60 --warmup_steps 5 --tokens_per_micro_batch 8192 --save_every 60 \
 	    --run_dir runs/demo/sdpo
-	$(QUIET) $(BIN)/python evaluate.py --model runs/demo/sdpo/checkpoints/step_40 \
+	$(QUIET) $(BIN)/python evaluate.py --model runs/demo/sdpo/checkpoints/step_60 \
 	    --data $(SPLITS) $(TOY) --samples 4 --out runs/demo/after
 	$(BIN)/python report.py runs/demo
 
 test: .venv/installed
 	$(QUIET) $(BIN)/python -m pytest -q -p no:cacheprovider tests
 
+# Without a GPU the CPU build of torch comes first, or vLLM's requirements bring several GB of CUDA.
+# Where the default index has none under this version, PyTorch's own index of CPU wheels has. The three
+# that go again are built for CUDA: beside a CPU torch they break `import vllm`, and text needs none.
 .venv/installed: $(REQUIREMENTS)
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
 	    { echo "error: $(PYTHON) is older than 3.11: make PYTHON=/path/to/python3.11"; exit 2; }
 	$(PYTHON) -m venv --clear .venv || \
 	    { echo "error: no virtual environment; is the venv module of $(PYTHON) installed?"; exit 2; }
 ifeq ($(GPU),)
-	# The CPU build first, or vLLM's requirements bring several GB of CUDA. Where the default index
-	# has none under this version, PyTorch's own index of CPU wheels has.
 	$(BIN)/pip install -q torch==2.13.0+cpu || $(BIN)/pip install -q torch==2.13.0 \
 	    --index-url https://download.pytorch.org/whl/cpu || \
 	    { echo "error: torch 2.13.0 for CPU could not be installed; see pip's words above"; exit 2; }
@@ -38,7 +39,6 @@ endif
 	$(BIN)/pip install -q -r $(REQUIREMENTS) || \
 	    { echo "error: $(REQUIREMENTS) could not be installed; see pip's words above"; exit 2; }
 ifeq ($(GPU),)
-	# built for CUDA they break `import vllm` beside a CPU torch, and text models need none of them
 	$(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
 endif
 	touch $@

@@ -1,7 +1,7 @@
 """Evaluation: Sec. 5-6, Table 11 and App. F.4.
 
 n answers to every question of a benchmark, sampled as Table 11 says for the model's family:
-accuracy (the paper's acc@16: mean over samples, then over questions), pass@k, response length,
+score (the paper's acc@16: mean over samples, then over questions), pass@k, response length,
 share of cut answers, epistemic markers.
 
     python evaluate.py --model Qwen/Qwen3-8B                          # AIME24/25, AMC23, MATH500
@@ -101,23 +101,24 @@ def summarise(records, samples):
     accuracies = [c / samples for c in correct.values()]
     ks = [k for k in (1, 2, 4, 8, 16, 32, 64) if k < samples] + [samples]
     return dict(
-        questions=len(correct), samples=samples, accuracy=statistics.fmean(accuracies),
-        # of the mean over questions, the samples of one being no independent draws
-        standard_error=statistics.stdev(accuracies) / len(correct) ** 0.5 if len(correct) > 1 else None,
+        questions=len(correct), samples=samples, score=statistics.fmean(accuracies),
+        # over questions: the samples of one are no independent draws
+        standard_error=(statistics.stdev(accuracies) / len(accuracies) ** 0.5
+                        if len(accuracies) > 1 else None),
         pass_at={k: statistics.fmean(pass_at_k(samples, int(c), k) for c in correct.values())
                  for k in ks},
-        tokens=statistics.fmean(r["tokens"] for r in records),
+        length=statistics.fmean(r["tokens"] for r in records),
         truncated=statistics.fmean(not r["finished"] for r in records),
         epistemic=statistics.fmean(r["epistemic"] for r in records),
     )
 
 def table(summary):
-    lines = [f"{'':16s}{'questions':>10s}{'accuracy':>16s}{'pass@n':>8s}{'length':>9s}{'cut':>7s}"
+    lines = [f"{'':16s}{'questions':>10s}{'score':>16s}{'pass@n':>8s}{'length':>9s}{'cut':>7s}"
              f"{'epistemic':>11s}"]
     for name, s in summary.items():
         error = "" if s["standard_error"] is None else f" ± {s['standard_error']:.3f}"
-        lines.append(f"{name:16s}{s['questions']:10,d}{s['accuracy']:>8.3f}{error:8s}"
-                     f"{s['pass_at'][s['samples']]:8.3f}{s['tokens']:9,.0f}{s['truncated']:7.1%}"
+        lines.append(f"{name:16s}{s['questions']:10,d}{s['score']:>8.3f}{error:8s}"
+                     f"{s['pass_at'][s['samples']]:8.3f}{s['length']:9,.0f}{s['truncated']:7.1%}"
                      f"{s['epistemic']:11.1f}")
     return "\n".join(lines)
 
@@ -158,8 +159,7 @@ def with_prompts(source, tokenizer, args):
         fail(f"{source}: all {len(questions)} prompts are longer than --max_prompt_tokens "
              f"{args.max_prompt_tokens}")
     if len(kept) < len(questions) and int(os.environ.get("RANK", 0)) == 0:
-        print(f"{source}: left out {len(questions) - len(kept):,} of {len(questions):,} prompts, "
-              f"longer than --max_prompt_tokens {args.max_prompt_tokens}")
+        print(f"{source}: {len(questions) - len(kept):,} of {len(questions):,} prompts left out")
     return kept
 
 # --- run -----------------------------------------------------------------------------------------

@@ -25,27 +25,27 @@ def read_lines(path):
 
 def before_after_table(before, after):
     """Score, length and markers of each benchmark before and after, from two summary.json."""
-    lines = [f"{'':12s}{'accuracy':>22s}{'response tokens':>22s}{'epistemic tokens':>22s}",
+    lines = [f"{'':12s}{'score':>22s}{'response tokens':>22s}{'epistemic tokens':>22s}",
              f"{'':12s}" + f"{'base':>11s}{'SDPO':>11s}" * 3]
     for name, b in before["benchmarks"].items():
         a = after["benchmarks"][name]
         cells = [f"{s[key]:{form}}" for key, form in
-                 (("accuracy", ".3f"), ("tokens", ",.0f"), ("epistemic", ".1f")) for s in (b, a)]
+                 (("score", ".3f"), ("length", ",.0f"), ("epistemic", ".1f")) for s in (b, a)]
         lines.append(f"{name:12s}" + "".join(f"{cell:>11s}" for cell in cells))
     return "\n".join(lines)
+
+QUANTITIES = (("score", "score"), ("response tokens", "length"), ("epistemic tokens", "epistemic"))
 
 def curves(run_dir):
     """{quantity: {line: (steps, values)}} of a training run: its rollouts and its evaluations."""
     metrics = read_lines(run_dir / "metrics.jsonl")
     steps = [m["step"] for m in metrics]
     lines = {q: {"training": (steps, [m[key] for m in metrics])}
-             for q, key in (("score", "score"), ("response tokens", "length"),
-                            ("epistemic tokens", "epistemic"))}
+             for q, key in QUANTITIES}
     files = sorted((run_dir / "eval").glob("step_*.json"), key=lambda p: int(p.stem[5:]))
     for path in files:
         for name, s in read_json(path).items():
-            for q, key in (("score", "correct"), ("response tokens", "tokens"),
-                           ("epistemic tokens", "epistemic")):
+            for q, key in QUANTITIES:
                 xs, ys = lines[q].setdefault(name, ([], []))
                 xs.append(int(path.stem[5:]))
                 ys.append(s[key])

@@ -22,8 +22,8 @@ What a reader of Eq. 1 would not expect (all as in the authors' code):
 Where we differ from their code: demonstrations are drawn at random (theirs come in an order
 balanced by length), and warm-up gives the first step a tenth of the rate (theirs gives it none).
 
-Watch: length and epistemic fall within ten steps while the score dips and recovers; what that
-costs shows out of distribution, in eval/. `mismatch` (trainer against vLLM) stays flat: 1e-6 in
+Watch: length and epistemic fall early, while the score dips and partly recovers; what that costs
+shows out of distribution, in eval/. `mismatch` (trainer against vLLM) stays flat: 1e-6 in
 float32. `distilled` is the share of rollouts that had a correct sibling.
 """
 import argparse
@@ -60,10 +60,6 @@ def parse_args(argv=None):
         if int(text) < 1:
             raise argparse.ArgumentTypeError(f"{text} must be at least 1")
         return int(text)
-    def fraction(text):
-        if not 0 <= float(text) <= 1:
-            raise argparse.ArgumentTypeError(f"{text} must lie between 0 and 1")
-        return float(text)
     parser = argparse.ArgumentParser(
         description="SDPO (Sec. 5). The defaults are the paper's run; (ours) marks the others.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -80,12 +76,12 @@ def parse_args(argv=None):
     add("--max_prompt_tokens", type=positive, default=2048, help="longer ones are left out")
     add("--max_response_tokens", type=positive, default=20480, help="longer ones are cut")
     add = parser.add_argument_group("loss (Table 10)").add_argument
-    add("--alpha", type=fraction, default=0.5,
+    add("--alpha", type=float, default=0.5,
         help="0: KL(teacher||student), 0.5: Jensen-Shannon, 1: KL(student||teacher), Eq. 1")
     add("--top_k", type=positive, default=100, help="the student's likeliest tokens; App. G: 256")
     add("--demonstration", choices=["full", "without_think"], default="full",
         help="c = s, or c = s without its think part")
-    add("--ema", type=fraction, default=0.0, help="teacher follows the student; Sec. 5.4: 0.05")
+    add("--ema", type=float, default=0.0, help="teacher follows the student; Sec. 5.4: 0.05")
     add("--loss_mean", choices=["sequence", "token"], default="sequence",
         help="mean of the sequences' token means, or over all tokens")
     add = parser.add_argument_group("optimisation (Tables 8 and 10)").add_argument
@@ -112,6 +108,9 @@ def fail(message):
     sys.exit(2)
 
 def check_args(args, world_size):
+    for name in ("alpha", "ema"):
+        if not 0 <= getattr(args, name) <= 1:
+            fail(f"--{name} {getattr(args, name)} must lie between 0 and 1")
     if args.temperature <= 0:
         fail(f"--temperature {args.temperature} must be above 0: a group needs varied rollouts")
     if args.questions_per_step % args.minibatch_questions:
@@ -164,8 +163,7 @@ def with_prompts(source, tokenizer, args):
         fail(f"{source}: all {len(questions)} prompts are longer than --max_prompt_tokens "
              f"{args.max_prompt_tokens}")
     if len(kept) < len(questions) and int(os.environ.get("RANK", 0)) == 0:
-        print(f"{source}: left out {len(questions) - len(kept):,} of {len(questions):,} prompts, "
-              f"longer than --max_prompt_tokens {args.max_prompt_tokens}")
+        print(f"{source}: {len(questions) - len(kept):,} of {len(questions):,} prompts left out")
     return kept
 
 def demonstration_text(response, form):
@@ -315,17 +313,23 @@ def generate(llm, questions, n, seed, max_tokens, **sampling):
                      o.text, o.finish_reason == "stop") for o in output.outputs]
             for row, (q, output) in enumerate(zip(questions, outputs))]
 
+def mark(verifier, groups, questions, **how):
+    """All rollouts of the groups, each with its reward: 1 correct, 0 not."""
+    rollouts = [r for group in groups for r in group]
+    golds = [q["answer"] for q, group in zip(questions, groups) for _ in group]
+    for r, reward in zip(rollouts, verifier.verify([r.text for r in rollouts], golds, **how)):
+        r.reward = reward
+    return rollouts
+
 def sample_groups(llm, verifier, tokenizer, questions, first_row, step, args):
     """This rank's rollouts of a step: marked, and each with its teacher's prompt."""
     groups = generate(llm, questions, args.rollouts, hash((args.seed, step, first_row)) % 2**31,
                       args.max_response_tokens, temperature=args.temperature)
-    rollouts = [r for group in groups for r in group]
-    golds = [q["answer"] for q in questions for _ in range(args.rollouts)]
-    for r, reward in zip(rollouts, verifier.verify([r.text for r in rollouts], golds)):
-        r.reward, r.row = reward, r.row + first_row
-    for question, group in zip(questions, groups):
-        rng = random.Random(f"{args.seed}/{step}/{group[0].row}")  # whatever the number of ranks
+    rollouts = mark(verifier, groups, questions)
+    for row, (question, group) in enumerate(zip(questions, groups), first_row):
+        rng = random.Random(f"{args.seed}/{step}/{row}")  # whatever the number of ranks
         for i, r in enumerate(group):
+            r.row = row
             j = choose_demonstration([sibling.reward for sibling in group], i, rng)
             if j is not None:
                 shown = demonstration_text(group[j].text, args.demonstration)
@@ -465,7 +469,8 @@ def update(ddp, teacher, optimizer, rollouts):
         if math.isfinite(norms[-1]):
             optimizer.step()
     tokens = max(1, sum(s["tokens"] for s in stats))
-    return dict(loss=sum(s["loss"] for s in stats) / max(1, len(minibatches)), grad_norm=mean(norms),
+    return dict(loss=sum(s["loss"] for s in stats) / max(1, len(norms)),
+                grad_norm=sum(norms) / max(1, len(norms)),
                 mismatch=sum(s["gap"] for s in stats) / tokens,
                 mismatch_max=max((s["gap_max"] for s in stats), default=0.0),
                 clipped=sum(s["clipped"] for s in stats) / tokens,
@@ -492,10 +497,6 @@ def question_stream(questions, seed):
     while True:
         yield from rng.sample(questions, len(questions))
 
-def mean(values):
-    values = list(values)
-    return sum(values) / max(1, len(values))
-
 def write_lines(path, rows):
     """JSON Lines, written aside and renamed, so that a reader never finds half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -511,52 +512,56 @@ def save_checkpoint(model, tokenizer, step, args):
     tokenizer.save_pretrained(aside)
     aside.rename(folder)
 
+def averages(rollouts):
+    """What people watch: score, length in tokens, epistemic markers, share of cut answers."""
+    columns = [(r.reward, len(r.response_ids), epistemic.count(r.text), not r.finished)
+               for r in rollouts]
+    means = np.mean(columns, axis=0).tolist()
+    return dict(zip(("score", "length", "epistemic", "truncated"), means))
+
+def record(r, **more):
+    """A rollout as a line of a file that epistemic.py and report.py read."""
+    return dict(more, correct=r.reward, tokens=len(r.response_ids), finished=r.finished,
+                epistemic=epistemic.count(r.text), response=r.text)
+
 def evaluate(llm, verifier, benchmarks, step, args):
-    """Score, length and markers on every benchmark, into eval/step_N.json and .jsonl."""
-    records, summary = [], {}
+    """Averages on every benchmark, into eval/step_N.json, and every answer, into step_N.jsonl."""
+    rank, world_size, summary, records = dist.get_rank(), dist.get_world_size(), {}, []
     for name, questions in benchmarks.items():
-        mine = list(enumerate(questions))[dist.get_rank() :: dist.get_world_size()]
+        mine = questions[rank::world_size]
         # the authors' sampling for this; Table 11 adds top-k 20 after training
-        groups = generate(llm, [q for _, q in mine], args.eval_rollouts, args.seed,
-                          args.max_response_tokens, temperature=0.6, top_p=0.95)
-        answers = [(i, q, r) for (i, q), group in zip(mine, groups) for r in group]
-        marks = verifier.verify([r.text for _, _, r in answers],
-                                [q["answer"] for _, q, _ in answers], after_think=True)
-        rows = exchange([
-            dict(benchmark=name, index=i, question=q["messages"][-1]["content"], answer=q["answer"],
-                 response=r.text, correct=mark, tokens=len(r.response_ids), finished=r.finished,
-                 epistemic=epistemic.count(r.text)) for (i, q, r), mark in zip(answers, marks)])
-        summary[name] = {key: mean(row[key] for row in rows)
-                         for key in ("correct", "tokens", "epistemic", "finished")}
-        records += sorted(rows, key=lambda row: row["index"])
-    if dist.get_rank() == 0:
+        groups = generate(llm, mine, args.eval_rollouts, args.seed, args.max_response_tokens,
+                          temperature=0.6, top_p=0.95)
+        rollouts = mark(verifier, groups, mine, after_think=True)
+        for r in rollouts:
+            r.row = rank + world_size * r.row  # the question's place in the benchmark
+        rollouts = sorted(exchange(rollouts), key=lambda r: r.row)
+        summary[name] = averages(rollouts)
+        records += [record(r, benchmark=name, index=r.row, answer=questions[r.row]["answer"])
+                    for r in rollouts]
+    if rank == 0:
         write_lines(Path(args.run_dir) / f"eval/step_{step}.jsonl", records)
         write_lines(Path(args.run_dir) / f"eval/step_{step}.json", [summary])
         for name, s in summary.items():
-            tqdm.write(f"  eval {name:10s} score {s['correct']:.3f}  len {s['tokens']:6,.0f}  "
+            tqdm.write(f"  eval {name:10s} score {s['score']:.3f}  len {s['length']:6,.0f}  "
                        f"epistemic {s['epistemic']:5.1f}")
 
 def log(run_dir, step, rollouts, metrics, lr, clock, device):
     """A line of metrics.jsonl, one on the screen, and the step's first 64 texts."""
     seconds = {phase: end - start for (_, start), (phase, end) in itertools.pairwise(clock)}
-    tokens = sum(len(r.response_ids) for r in rollouts)
+    speed = sum(len(r.response_ids) for r in rollouts) / sum(seconds.values())
     peak = (torch.cuda.max_memory_allocated() if device.type == "cuda"
             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    m = dict(step=step, score=mean(r.reward for r in rollouts), length=tokens / len(rollouts),
-             epistemic=mean(epistemic.count(r.text) for r in rollouts),
-             truncated=mean(not r.finished for r in rollouts),
-             distilled=mean(bool(r.teacher_prompt_ids) for r in rollouts), **metrics, lr=lr,
-             seconds=seconds, tokens_per_second=tokens / sum(seconds.values()),
-             peak_memory_gb=peak / 1e9)
+    distilled = sum(r.teacher_prompt_ids is not None for r in rollouts) / len(rollouts)
+    m = dict(step=step, **averages(rollouts), distilled=distilled, **metrics, lr=lr,
+             seconds=seconds, tokens_per_second=speed, peak_memory_gb=peak / 1e9)
     with open(run_dir / "metrics.jsonl", "a") as f:
         f.write(json.dumps(m) + "\n")
-    write_lines(run_dir / f"rollouts/step_{step}.jsonl", [
-        dict(row=r.row, reward=r.reward, tokens=len(r.response_ids), finished=r.finished,
-             response=r.text) for r in rollouts[:64]])
+    sample = [record(r, row=r.row) for r in rollouts[:64]]
+    write_lines(run_dir / f"rollouts/step_{step}.jsonl", sample)
+    phases = "  ".join(f"{phase} {s:.1f} s" for phase, s in seconds.items())
     tqdm.write(f"step {step:3d}  score {m['score']:.3f}  len {m['length']:6,.0f}  epistemic "
-               f"{m['epistemic']:5.1f}  loss {m['loss']:.4f}  | "
-               + "  ".join(f"{k} {v:.1f} s" for k, v in seconds.items())
-               + f" | {m['tokens_per_second']:,.0f} tok/s")
+               f"{m['epistemic']:5.1f}  loss {m['loss']:.4f}  | {phases} | {speed:,.0f} tok/s")
 
 def main():
     args = parse_args()

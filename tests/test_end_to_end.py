@@ -141,7 +141,7 @@ def test_checkpoint_loads_in_transformers_and_vllm(trained, tmp_path):
     records = (tmp_path / "out/ood.jsonl").read_text().splitlines()
     assert summary["questions"] == 200 and len(records) == 400
     assert [json.loads(r)["index"] for r in records] == [i for i in range(200) for _ in range(2)]
-    assert "accuracy" in said and "Traceback" not in said
+    assert "score" in said and "Traceback" not in said
     table = run(sys.executable, "epistemic.py", tmp_path / "out/ood.jsonl")
     assert f"{summary['epistemic']:.2f}" in table
 
@@ -151,7 +151,7 @@ def test_report(trained, tmp_path):
     (tmp_path / "sdpo").symlink_to(trained[0])
     for name, accuracy in (("before", 0.75), ("after", 0.25)):
         (tmp_path / name).mkdir()
-        row = dict(accuracy=accuracy, tokens=100.0, epistemic=9.5)
+        row = dict(score=accuracy, length=100.0, epistemic=9.5)
         (tmp_path / name / "summary.json").write_text(
             json.dumps(dict(samples=4, benchmarks=dict(ood=row))))
     said = run(sys.executable, "report.py", tmp_path)

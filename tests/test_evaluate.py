@@ -31,8 +31,8 @@ def test_summary_by_hand():
     records = [dict(index=i, correct=c, tokens=t, finished=f, epistemic=e) for i, c, t, f, e in [
         (0, 1.0, 10, True, 1), (0, 1.0, 20, True, 2), (1, 0.0, 30, False, 3), (1, 1.0, 40, True, 6)]]
     s = evaluate.summarise(records, 2)
-    assert s["questions"] == 2 and s["accuracy"] == 0.75 and s["pass_at"] == {1: 0.75, 2: 1.0}
-    assert s["tokens"] == 25 and s["truncated"] == 0.25 and s["epistemic"] == 3
+    assert s["questions"] == 2 and s["score"] == 0.75 and s["pass_at"] == {1: 0.75, 2: 1.0}
+    assert s["length"] == 25 and s["truncated"] == 0.25 and s["epistemic"] == 3
     assert s["standard_error"] == pytest.approx(0.25)  # accuracies 1 and .5, over 2 questions
     assert "0.750" in evaluate.table(dict(amc23=s))
 
