@@ -79,7 +79,7 @@ def main():
           f"({before['samples']} answers to a question)\n")
     print(before_after_table(before, after))
     picture = folder / "sdpo.png"
-    plot(lines, "SDPO: shorter, surer, and worse where it was not trained", picture)
+    plot(lines, "SDPO: shorter, surer, and worse, out of distribution most of all", picture)
     print(f"\nscore, length and epistemic tokens over the steps: {picture}")
 
 if __name__ == "__main__":
