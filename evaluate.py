@@ -164,6 +164,20 @@ def with_prompts(source, tokenizer, args):
 
 # --- run -----------------------------------------------------------------------------------------
 
+def load_engine(args, device, max_model_len):
+    """vLLM in this very process, one engine a rank, with the weights of --model."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    logging.getLogger("vllm").setLevel(logging.ERROR)  # of what it says before it reads that
+    if device.type == "cpu":
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
+        os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    from vllm import LLM
+    return LLM(args.model, dtype="float32" if device.type == "cpu" else "bfloat16", seed=args.seed,
+               enforce_eager=device.type == "cpu", max_model_len=max_model_len,
+               gpu_memory_utilization=0.9, distributed_executor_backend="external_launcher",
+               use_tqdm_on_load=False)
+
 def start_process_group():
     """torchrun's group, or under plain python one of a single process; returns its device."""
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
@@ -207,22 +221,9 @@ def main():
 
     device = start_process_group()
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    logging.getLogger("vllm").setLevel(logging.ERROR)  # of what it says before it reads that
-    if device.type == "cpu":
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
-        os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
-    from vllm import LLM, SamplingParams
-
     limit = args.max_prompt_tokens + args.max_response_tokens
-    llm = LLM(
-        model=args.model, seed=args.seed, enforce_eager=device.type == "cpu",
-        dtype="float32" if device.type == "cpu" else "bfloat16",
-        max_model_len=min(limit, config.max_position_embeddings),
-        gpu_memory_utilization=0.9, distributed_executor_backend="external_launcher",
-        use_tqdm_on_load=False,
-    )
+    llm = load_engine(args, device, min(limit, config.max_position_embeddings))
+    from vllm import SamplingParams
     params = SamplingParams(n=args.samples, temperature=args.temperature, top_p=args.top_p,
                             top_k=args.top_k, max_tokens=args.max_response_tokens)
     if rank == 0:

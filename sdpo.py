@@ -24,7 +24,7 @@ balanced by length), and warm-up gives the first step a tenth of the rate (their
 
 Watch: length and epistemic fall early, while the score dips and partly recovers; what that costs
 shows out of distribution, in eval/. `mismatch` (trainer against vLLM) stays flat: 1e-6 in
-float32. `distilled` is the share of rollouts that had a correct sibling.
+float32. `trained` is the share of rollouts that had a correct sibling.
 """
 import argparse
 import contextlib
@@ -67,6 +67,8 @@ def parse_args(argv=None):
     add = parser.add_argument_group("model and data").add_argument
     add("--model", required=True, help="hub id or Hugging Face folder")
     add("--data", default="dapo", help="dapo, a hub id, or a .parquet/.json/.jsonl file")
+    add("--num_questions", type=positive,
+        help="|D| of Sec. 6.2: train on that many, drawn by --seed (default: all)")
     add("--enable_thinking", action=argparse.BooleanOptionalAction, default=True,
         help="the chat template's switch (Qwen3)")
     add = parser.add_argument_group("rollout (Table 8)").add_argument
@@ -165,6 +167,14 @@ def with_prompts(source, tokenizer, args):
     if len(kept) < len(questions) and int(os.environ.get("RANK", 0)) == 0:
         print(f"{source}: {len(questions) - len(kept):,} of {len(questions):,} prompts left out")
     return kept
+
+def choose_questions(questions, num_questions, seed):
+    """Sec. 6.2's question set of size |D|; by one seed, a smaller set lies within a larger."""
+    if num_questions is None:
+        return questions
+    if num_questions > len(questions):
+        fail(f"--num_questions {num_questions}: the data has {len(questions):,}")
+    return random.Random(seed).sample(questions, len(questions))[:num_questions]
 
 def demonstration_text(response, form):
     """What the teacher is shown of a correct response: s ("full"), or s without its think part.
@@ -280,7 +290,11 @@ class Rollout:
         return prompt + len(self.response_ids)
 
 def make_engine(args, device, dtype):
-    """vLLM in this very process, one engine a rank: weights are handed over in memory."""
+    """vLLM in this very process, one engine a rank: its weights are handed over in memory.
+
+    So it reads none itself. On CPU it packs them, and handing over again would miss a head that is
+    tied to the embeddings (0.2 off in log-probability, silently): there it gets a head of its own.
+    """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     logging.getLogger("vllm").setLevel(logging.ERROR)  # of what it says before it reads that
@@ -293,11 +307,12 @@ def make_engine(args, device, dtype):
                max_model_len=args.max_prompt_tokens + args.max_response_tokens,
                gpu_memory_utilization=0.55, distributed_executor_backend="external_launcher",
                logprobs_mode="processed_logprobs",  # of what is sampled from: after temperature
-               use_tqdm_on_load=False)
+               load_format="dummy", use_tqdm_on_load=False,
+               hf_overrides=dict(tie_word_embeddings=False) if device.type == "cpu" else None)
 
 def sync_weights(llm, model):
     """The trainer's weights into vLLM, in place. Cached prefixes belong to the old ones."""
-    weights = ((name, p.detach()) for name, p in model.named_parameters())
+    weights = ((name, p.detach()) for name, p in model.named_parameters(remove_duplicate=False))
     llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=weights))
     llm.reset_prefix_cache()
 
@@ -545,6 +560,7 @@ def evaluate(llm, verifier, benchmarks, step, args):
         for name, s in summary.items():
             tqdm.write(f"  eval {name:10s} score {s['score']:.3f}  len {s['length']:6,.0f}  "
                        f"epistemic {s['epistemic']:5.1f}")
+    return summary
 
 def log(run_dir, step, rollouts, metrics, lr, clock, device):
     """A line of metrics.jsonl, one on the screen, and the step's first 64 texts."""
@@ -552,8 +568,8 @@ def log(run_dir, step, rollouts, metrics, lr, clock, device):
     speed = sum(len(r.response_ids) for r in rollouts) / sum(seconds.values())
     peak = (torch.cuda.max_memory_allocated() if device.type == "cuda"
             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    distilled = sum(r.teacher_prompt_ids is not None for r in rollouts) / len(rollouts)
-    m = dict(step=step, **averages(rollouts), distilled=distilled, **metrics, lr=lr,
+    trained = sum(r.teacher_prompt_ids is not None for r in rollouts) / len(rollouts)
+    m = dict(step=step, **averages(rollouts), trained=trained, **metrics, lr=lr,
              seconds=seconds, tokens_per_second=speed, peak_memory_gb=peak / 1e9)
     with open(run_dir / "metrics.jsonl", "a") as f:
         f.write(json.dumps(m) + "\n")
@@ -570,7 +586,8 @@ def main():
     if args.max_prompt_tokens + args.max_response_tokens > config.max_position_embeddings:
         fail(f"--max_prompt_tokens + --max_response_tokens is more than the "
              f"{config.max_position_embeddings:,} positions of {args.model}")
-    questions = with_prompts(args.data, tokenizer, args)
+    questions = choose_questions(with_prompts(args.data, tokenizer, args), args.num_questions,
+                                 args.seed)
     benchmarks = {Path(s).stem: with_prompts(s, tokenizer, args) for s in args.eval_data}
     device = start_process_group()
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -596,6 +613,9 @@ def main():
         write_lines(run_dir / "config.json", [dict(
             vars(args), script="sdpo.py", commit=commit, world_size=world_size,
             versions=dict(torch=torch.__version__, transformers=transformers.__version__))])
+        if args.num_questions:  # the choice, as a file that --data takes
+            write_lines(run_dir / "questions.jsonl", [
+                dict(prompt=q["messages"], answer=q["answer"]) for q in questions])
         print(f"{args.model}: {model.num_parameters():,} parameters, {len(questions):,} questions, "
               f"{world_size} x {device.type}; results in {run_dir}", flush=True)
     stream = question_stream(questions, args.seed)

@@ -1,0 +1,584 @@
+"""GRPO, reinforcement learning from right and wrong alone: Sec. 5 and Table 9 of the paper.
+
+The baseline of self-distillation: the same rollouts and the same verifier, but no teacher. One step:
+  1. the policy answers each question x with a group of n rollouts y
+  2. the verifier rewards every rollout: 1 correct, 0 not
+  3. advantage A = reward - mean reward of the group
+  4. loss per token: max( -A ratio, -A clip(ratio, 1 - 0.2, 1 + 0.28) ), ratio = p / p_old
+  5. AdamW; the new weights go into vLLM
+
+    torchrun --nproc_per_node 8 grpo.py --model Qwen/Qwen3-8B        # the paper's run
+    make demo                                                        # a small one, on two CPU cores
+
+What a reader of the GRPO paper would not expect (all as in the authors' code):
+  - the advantage is not divided by the group's standard deviation, and there is no KL term
+  - the upper clip is wider than the lower, and a wrong rollout's loss stops at 3 |A| (dual clip)
+  - p_old is the trainer's own log-probability at the step's start; what vLLM says differs a little,
+    and a second importance weight, cut at 2, makes up for it
+  - the loss is the mean over sequences of each one's token mean; a group that is all right or all
+    wrong adds 0 and still counts
+Where we differ from their code: warm-up gives the first step a tenth of the rate (theirs none).
+
+Watch: score rises slowly, length and epistemic stay or grow with it; out of distribution, in eval/,
+too. `trained` is the share of rollouts whose group has both right and wrong: the others carry no
+signal, and cost no time. `mismatch` (trainer against vLLM) stays flat: 1e-6 in float32.
+"""
+import argparse
+import contextlib
+import itertools
+import json
+import logging
+import math
+import os
+import random
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+import epistemic
+from verifier import Verifier, load_questions
+
+# --- arguments -----------------------------------------------------------------------------------
+
+def parse_args(argv=None):
+    def positive(text):
+        if int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+        return int(text)
+    parser = argparse.ArgumentParser(
+        description="GRPO (Sec. 5). The defaults are the paper's run; (ours) marks the others.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = fail
+    add = parser.add_argument_group("model and data").add_argument
+    add("--model", required=True, help="hub id or Hugging Face folder")
+    add("--data", default="dapo", help="dapo, a hub id, or a .parquet/.json/.jsonl file")
+    add("--num_questions", type=positive,
+        help="|D| of Sec. 6.2: train on that many, drawn by --seed (default: all)")
+    add("--enable_thinking", action=argparse.BooleanOptionalAction, default=True,
+        help="the chat template's switch (Qwen3)")
+    add = parser.add_argument_group("rollout (Table 8)").add_argument
+    add("--questions_per_step", type=positive, default=256, help="Sec. 6.2: 64")
+    add("--rollouts", type=positive, default=8, help="answers to a question: its group")
+    add("--temperature", type=float, default=1.0, help="of sampling, and of the loss")
+    add("--max_prompt_tokens", type=positive, default=2048, help="longer ones are left out")
+    add("--max_response_tokens", type=positive, default=20480, help="longer ones are cut")
+    add = parser.add_argument_group("loss (Table 9)").add_argument
+    add("--clip_low", type=float, default=0.2, help="ratio's lower bound is 1 - this")
+    add("--clip_high", type=float, default=0.28, help="ratio's upper bound is 1 + this")
+    add("--loss_mean", choices=["sequence", "token"], default="sequence",
+        help="mean of the sequences' token means, or over all tokens")
+    add = parser.add_argument_group("optimisation (Tables 8 and 9)").add_argument
+    add("--steps", type=positive, default=100, help="rounds of rollout and update (authors' code)")
+    add("--minibatch_questions", type=positive, default=128, help="questions an update")
+    add("--lr", type=float, default=1e-6, help="reached after the warm-up, then constant")
+    add("--warmup_steps", type=int, default=10, help="linear")
+    add("--tokens_per_micro_batch", type=positive, default=24576,
+        help="padded tokens in one forward (ours); a longer sequence goes alone")
+    add = parser.add_argument_group("run").add_argument
+    add("--run_dir", default="runs/grpo", help="a new folder (ours)")
+    add("--seed", type=int, default=0, help="of data order and sampling")
+    add("--eval_data", nargs="*", default=["aime24"],
+        help="any of aime24 aime25 amc23 math500, hub ids, files")
+    add("--eval_rollouts", type=positive, default=1, help="answers to a question (authors' code)")
+    add("--eval_every", type=positive, default=10, help="steps; also before the first")
+    add("--save_every", type=positive, default=10, help="steps; also after the last")
+    return parser.parse_args(argv)
+
+def fail(message):
+    """Bad input: one line and exit code 2. Every rank gets here; the first one speaks."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+def check_args(args, world_size):
+    for name in ("clip_low", "clip_high"):
+        if not 0 <= getattr(args, name) <= 1:
+            fail(f"--{name} {getattr(args, name)} must lie between 0 and 1")
+    if args.temperature <= 0:
+        fail(f"--temperature {args.temperature} must be above 0: a group needs varied rollouts")
+    if args.questions_per_step % args.minibatch_questions:
+        fail(f"--minibatch_questions {args.minibatch_questions} does not divide "
+             f"--questions_per_step {args.questions_per_step}")
+    if args.questions_per_step % world_size:
+        fail(f"--questions_per_step {args.questions_per_step} cannot be split evenly among "
+             f"{world_size} ranks")
+    names = [Path(source).stem for source in args.eval_data]
+    if len(set(names)) < len(names):
+        fail(f"--eval_data: two benchmarks have one name ({' '.join(names)})")
+    run_dir = Path(args.run_dir)
+    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        fail(f"--run_dir {run_dir} already holds results: name another folder or remove it")
+
+# --- prompts -------------------------------------------------------------------------------------
+
+def load_tokenizer(args):
+    """(tokenizer, config) of --model: what can be wrong with it shows before its weights load."""
+    from transformers import AutoConfig, AutoTokenizer
+    try:
+        config = AutoConfig.from_pretrained(args.model)
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+    except (OSError, ValueError) as error:
+        fail(f"--model {args.model}: no model folder, and no model on the hub "
+             f"({str(error).strip().splitlines()[0]})")
+    if tokenizer.chat_template is None:
+        fail(f"--model {args.model}: its tokenizer has no chat template")
+    return tokenizer, config
+
+def render(tokenizer, messages, enable_thinking):
+    """Token ids of a chat up to where the model speaks (Table 12).
+
+    A template with a BOS writes it itself (DeepSeek), so that none is added here.
+    """
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
+                                         enable_thinking=enable_thinking)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+def with_prompts(source, tokenizer, args):
+    """load_questions, each with its prompt_ids; those over --max_prompt_tokens left out."""
+    try:
+        questions = load_questions(source)
+    except ValueError as error:
+        fail(error)
+    for q in questions:
+        q["prompt_ids"] = render(tokenizer, q["messages"], args.enable_thinking)
+    kept = [q for q in questions if len(q["prompt_ids"]) <= args.max_prompt_tokens]
+    if not kept:
+        fail(f"{source}: all {len(questions)} prompts are longer than --max_prompt_tokens "
+             f"{args.max_prompt_tokens}")
+    if len(kept) < len(questions) and int(os.environ.get("RANK", 0)) == 0:
+        print(f"{source}: {len(questions) - len(kept):,} of {len(questions):,} prompts left out")
+    return kept
+
+def choose_questions(questions, num_questions, seed):
+    """Sec. 6.2's question set of size |D|; by one seed, a smaller set lies within a larger."""
+    if num_questions is None:
+        return questions
+    if num_questions > len(questions):
+        fail(f"--num_questions {num_questions}: the data has {len(questions):,}")
+    return random.Random(seed).sample(questions, len(questions))[:num_questions]
+
+# --- loss ----------------------------------------------------------------------------------------
+
+def group_advantages(rewards):
+    """Reward minus the group's mean, (n,) -> (n,); 0 throughout if all are right, or all wrong.
+
+    Not divided by the standard deviation (authors' code): that would weigh a group with one
+    success of eight as much as one with four.
+    """
+    mean = sum(rewards) / len(rewards)
+    return [reward - mean for reward in rewards]
+
+def policy_loss(logprobs, old_logprobs, advantages, clip_low, clip_high):
+    """PPO's loss and whether its clip holds back the gradient, (N,) each.
+
+    max( -A ratio, -A clip(ratio, 1 - low, 1 + high) ), and for A < 0 at most 3 |A|: a wrong token
+    that has become much likelier would otherwise outweigh the batch (dual clip, c = 3).
+    """
+    ratio = (logprobs - old_logprobs).clamp(-20, 20).exp()
+    free = -advantages * ratio
+    loss = torch.maximum(free, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high))
+    loss = torch.where(advantages < 0, torch.minimum(loss, -3.0 * advantages), loss)
+    return loss, loss != free
+
+CHUNK = 512  # positions through the LM head at once: 512 x 151,936 float32 logits are 0.3 GB
+
+def token_logprobs(hidden, head, targets, temperature):
+    """log p(target) at each of N positions, (N,) float32, never holding (N, V).
+
+    hidden (N, D) holds the states that predict targets (N,). The logits of a chunk live while it
+    is computed, and are made again in backward.
+    """
+    def chunk(h, y):
+        logits = head(h).float() / temperature  # (C, V)
+        return logits.gather(-1, y[:, None]).squeeze(-1) - logits.logsumexp(-1)
+    parts = zip(hidden.split(CHUNK), targets.split(CHUNK))
+    return torch.cat([checkpoint(chunk, *part, use_reentrant=False) for part in parts])
+
+def importance_weight(logprobs, old_logprobs):
+    """min(p / p_old, 2) per token, detached: truncated importance sampling (Table 9: clip 2)."""
+    return (logprobs - old_logprobs).clamp(-20, 20).exp().clamp(max=2.0).detach()
+
+def loss_weights(minibatch, loss_mean):
+    """{id(rollout): weight of each of its tokens}.
+
+    "sequence", the authors' effective loss: 1 / (sequences x own tokens). "token": 1 / tokens.
+    Both count the whole mini-batch, over all ranks: two ranks give the gradient of one.
+    """
+    tokens = sum(len(r.response_ids) for r in minibatch)
+    return {id(r): 1 / (len(minibatch) * len(r.response_ids) if loss_mean == "sequence" else tokens)
+            for r in minibatch}
+
+# --- rollout -------------------------------------------------------------------------------------
+
+@dataclass
+class Rollout:
+    row: int  # of the step's batch: the rollouts of one row are a group
+    prompt_ids: list
+    response_ids: list  # as vLLM sampled them: text is never encoded again
+    logprobs: np.ndarray  # (T,) vLLM's own, temperature included
+    text: str
+    finished: bool  # by itself, not cut at max_response_tokens
+    reward: float = 0.0
+    advantage: float = 0.0  # 0: its group is all right or all wrong, nothing to learn from
+
+    def tokens(self):
+        return len(self.prompt_ids) + len(self.response_ids)
+
+def make_engine(args, device, dtype):
+    """vLLM in this very process, one engine a rank: its weights are handed over in memory.
+
+    So it reads none itself. On CPU it packs them, and handing over again would miss a head that is
+    tied to the embeddings (0.2 off in log-probability, silently): there it gets a head of its own.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    logging.getLogger("vllm").setLevel(logging.ERROR)  # of what it says before it reads that
+    if device.type == "cpu":
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
+        # unless this is set vLLM leaves torch one thread, in the update too
+        os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    from vllm import LLM
+    return LLM(args.model, dtype=dtype, seed=args.seed, enforce_eager=device.type == "cpu",
+               max_model_len=args.max_prompt_tokens + args.max_response_tokens,
+               gpu_memory_utilization=0.55, distributed_executor_backend="external_launcher",
+               logprobs_mode="processed_logprobs",  # of what is sampled from: after temperature
+               load_format="dummy", use_tqdm_on_load=False,
+               hf_overrides=dict(tie_word_embeddings=False) if device.type == "cpu" else None)
+
+def sync_weights(llm, model):
+    """The trainer's weights into vLLM, in place. Cached prefixes belong to the old ones."""
+    weights = ((name, p.detach()) for name, p in model.named_parameters(remove_duplicate=False))
+    llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=weights))
+    llm.reset_prefix_cache()
+
+def generate(llm, questions, n, seed, max_tokens, **sampling):
+    """n rollouts for each question: a list of groups, in the order of the questions."""
+    from vllm import SamplingParams
+    # One global seed, none a request: the latter crashes on CPU, the former repeats bit for bit.
+    torch.manual_seed(seed)
+    params = SamplingParams(n=n, max_tokens=max_tokens, logprobs=0, flat_logprobs=True, **sampling)
+    prompts = [dict(prompt_token_ids=q["prompt_ids"]) for q in questions]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    return [[Rollout(row, q["prompt_ids"], list(o.token_ids), np.float32(o.logprobs.logprobs),
+                     o.text, o.finish_reason == "stop") for o in output.outputs]
+            for row, (q, output) in enumerate(zip(questions, outputs))]
+
+def mark(verifier, groups, questions, **how):
+    """All rollouts of the groups, each with its reward: 1 correct, 0 not."""
+    rollouts = [r for group in groups for r in group]
+    golds = [q["answer"] for q, group in zip(questions, groups) for _ in group]
+    for r, reward in zip(rollouts, verifier.verify([r.text for r in rollouts], golds, **how)):
+        r.reward = reward
+    return rollouts
+
+def sample_groups(llm, verifier, questions, first_row, step, args):
+    """This rank's rollouts of a step, each with its reward and its advantage."""
+    groups = generate(llm, questions, args.rollouts, hash((args.seed, step, first_row)) % 2**31,
+                      args.max_response_tokens, temperature=args.temperature)
+    rollouts = mark(verifier, groups, questions)
+    for row, group in enumerate(groups, first_row):
+        for r, advantage in zip(group, group_advantages([r.reward for r in group])):
+            r.row, r.advantage = row, advantage
+    return rollouts
+
+def exchange(items):
+    """Every rank's list, joined in the order of the ranks."""
+    lists = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, items)
+    return [item for part in lists for item in part]
+
+# --- update --------------------------------------------------------------------------------------
+
+def deal(rollouts, world_size):
+    """Longest first, each to the rank with the fewest tokens so far: one list a rank."""
+    hands, load = [[] for _ in range(world_size)], [0] * world_size
+    for r in sorted(rollouts, key=lambda r: -r.tokens()):
+        rank = load.index(min(load))
+        hands[rank].append(r)
+        load[rank] += r.tokens()
+    return hands
+
+def micro_batches(rollouts, token_budget):
+    """Neighbours in length together, as many as fit the budget once padded to the longest."""
+    batches = []
+    for r in sorted(rollouts, key=lambda r: r.tokens()):
+        if batches and (len(batches[-1]) + 1) * r.tokens() <= token_budget:
+            batches[-1].append(r)
+        else:
+            batches.append([r])
+    return batches
+
+def response_hidden(model, prompts, responses, device):
+    """Last hidden states that predict the response tokens, (N, D), sequence by sequence.
+
+    Padded on the right, and no attention mask: under causal attention no real token sees the
+    padding behind it, so that the fast kernel applies.
+    """
+    width = max(len(p) + len(y) for p, y in zip(prompts, responses))
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)  # (B, T)
+    mask = torch.zeros(len(prompts), width, dtype=torch.bool)
+    for i, (p, y) in enumerate(zip(prompts, responses)):
+        ids[i, : len(p) + len(y)] = torch.tensor([*p, *y])
+        mask[i, len(p) - 1 : len(p) + len(y) - 1] = True  # position t predicts token t + 1
+    hidden = model.get_decoder()(input_ids=ids.to(device), use_cache=False).last_hidden_state
+    return hidden[mask.to(device)]
+
+class Student(torch.nn.Module):
+    """What DDP wraps: backbone and head in one forward, so that its hooks see them all."""
+
+    def __init__(self, model, args, device):
+        super().__init__()
+        self.model, self.args, self.device = model, args, device
+
+    def forward(self, micro):
+        """Log-probabilities of a micro-batch's response tokens, (N,)."""
+        prompts, responses = zip(*((r.prompt_ids, r.response_ids) for r in micro))
+        targets = torch.tensor([t for y in responses for t in y], device=self.device)
+        # bfloat16 on CUDA, over float32 weights: bfloat16 ones would not move at lr 1e-6
+        with torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda"):
+            hidden = response_hidden(self.model, prompts, responses, self.device)
+            return token_logprobs(hidden, self.model.get_output_embeddings(), targets,
+                                  self.args.temperature)
+
+def trainer_logprobs(student, rollouts):
+    """{id(rollout): (T,)}: log-probabilities under the weights as they are now."""
+    logprobs = {}
+    for micro in micro_batches(rollouts, student.args.tokens_per_micro_batch):
+        with torch.no_grad():
+            parts = student(micro).split([len(r.response_ids) for r in micro])
+        logprobs.update((id(r), part) for r, part in zip(micro, parts))
+    return logprobs
+
+def backward(ddp, minibatch, hand, old):
+    """Leaves the mini-batch's gradient, over all ranks, in .grad; returns all micro-batches' stats.
+
+    `hand` is this rank's share of the mini-batch's rollouts with a signal, `old` their
+    log-probabilities at the step's start (None: the weights have not moved since).
+    """
+    args, device, stats = ddp.module.args, ddp.module.device, []
+    weights = loss_weights(minibatch, args.loss_mean)
+    # A rank with an empty hand still has to join the all-reduce, with a gradient of 0.
+    batches = micro_batches(hand, args.tokens_per_micro_batch) or [minibatch[:1]]
+    for i, micro in enumerate(batches):
+        vllm = torch.from_numpy(np.concatenate([r.logprobs for r in micro])).to(device)
+        weight, advantage = torch.tensor(
+            [(weights[id(r)] if hand else 0.0, r.advantage) for r in micro for _ in r.logprobs],
+            device=device).T
+        # DDP's all-reduce comes once, with the last micro-batch; ranks may differ in their number
+        with contextlib.nullcontext() if i == len(batches) - 1 else ddp.no_sync():
+            logprobs = ddp(micro)
+            before = logprobs.detach() if old is None else torch.cat([old[id(r)] for r in micro])
+            loss, clipped = policy_loss(logprobs, before, advantage, args.clip_low, args.clip_high)
+            correction = importance_weight(before, vllm)
+            loss = (loss * correction * weight).sum()
+            (loss * dist.get_world_size()).backward()  # DDP takes the mean of what is a sum
+        gap = (before - vllm).abs()
+        stats += [dict(loss=loss.item(), tokens=len(gap), gap=gap.sum().item(),
+                       gap_max=gap.max().item(),
+                       clipped=(clipped | (correction >= 2)).sum().item())]
+    return exchange(stats if hand else [])
+
+def check_engine(stats, device):
+    """Ends the run if vLLM samples from other weights than the trainer's.
+
+    Measured means of |log p_vllm - log p_trainer|: 1e-6 in float32, 0.2 where the engine kept a
+    stale head (tied embeddings on CPU). bfloat16 rounds to about 1e-2.
+    """
+    limit = 1e-3 if device.type == "cpu" else 0.1
+    mismatch = sum(s["gap"] for s in stats) / sum(s["tokens"] for s in stats)
+    if not mismatch <= limit:
+        sys.exit(f"error: vLLM's log-probabilities are {mismatch:.3g} a token away from the "
+                 f"trainer's (limit {limit}): its weights are stale. This update was not made.")
+
+def update(ddp, optimizer, rollouts):
+    """One optimizer step a mini-batch; returns the metrics. Every rank holds all the rollouts."""
+    student, args, minibatches = ddp.module, ddp.module.args, []
+    for first in range(0, args.questions_per_step, args.minibatch_questions):
+        rows = range(first, first + args.minibatch_questions)
+        minibatch = [r for r in rollouts if r.row in rows]
+        hands = deal([r for r in minibatch if r.advantage], dist.get_world_size())
+        if any(hands):  # else every group is all right or all wrong: no time spent
+            minibatches.append((minibatch, hands[dist.get_rank()]))
+    # the first update starts from the step's own weights; the later ones have to remember them
+    old = trainer_logprobs(student, [r for _, hand in minibatches[1:] for r in hand])
+    stats, norms = [], []
+    for i, (minibatch, hand) in enumerate(minibatches):
+        optimizer.zero_grad(set_to_none=True)
+        stats += backward(ddp, minibatch, hand, old if i else None)
+        check_engine(stats, student.device)
+        norms.append(torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0).item())  # Table 8
+        if math.isfinite(norms[-1]):
+            optimizer.step()
+    tokens = max(1, sum(s["tokens"] for s in stats))
+    return dict(loss=sum(s["loss"] for s in stats) / max(1, len(norms)),
+                grad_norm=sum(norms) / max(1, len(norms)),
+                mismatch=sum(s["gap"] for s in stats) / tokens,
+                mismatch_max=max((s["gap_max"] for s in stats), default=0.0),
+                clipped=sum(s["clipped"] for s in stats) / tokens,
+                updates=sum(map(math.isfinite, norms)), trained_tokens=tokens)
+
+# --- run -----------------------------------------------------------------------------------------
+
+def start_process_group():
+    """torchrun's group, or under plain python one of a single process; returns its device."""
+    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1).items():
+        os.environ.setdefault(name, str(value))
+    if not torch.cuda.is_available():
+        dist.init_process_group("gloo", **alone)
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl", **alone)
+    return device
+
+def question_stream(questions, seed):
+    """Shuffled epoch after epoch, without end; a small set repeats within a step (Sec. 6.2)."""
+    rng = random.Random(seed)
+    while True:
+        yield from rng.sample(questions, len(questions))
+
+def write_lines(path, rows):
+    """JSON Lines, written aside and renamed, so that a reader never finds half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".part")
+    aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    aside.rename(path)
+
+def save_checkpoint(model, tokenizer, step, args):
+    """An ordinary Hugging Face folder, written aside and renamed."""
+    folder = Path(args.run_dir) / f"checkpoints/step_{step}"
+    aside = folder.with_name(folder.name + ".part")
+    model.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    aside.rename(folder)
+
+def averages(rollouts):
+    """What people watch: score, length in tokens, epistemic markers, share of cut answers."""
+    columns = [(r.reward, len(r.response_ids), epistemic.count(r.text), not r.finished)
+               for r in rollouts]
+    means = np.mean(columns, axis=0).tolist()
+    return dict(zip(("score", "length", "epistemic", "truncated"), means))
+
+def record(r, **more):
+    """A rollout as a line of a file that epistemic.py and report.py read."""
+    return dict(more, correct=r.reward, tokens=len(r.response_ids), finished=r.finished,
+                epistemic=epistemic.count(r.text), response=r.text)
+
+def evaluate(llm, verifier, benchmarks, step, args):
+    """Averages on every benchmark, into eval/step_N.json, and every answer, into step_N.jsonl."""
+    rank, world_size, summary, records = dist.get_rank(), dist.get_world_size(), {}, []
+    for name, questions in benchmarks.items():
+        mine = questions[rank::world_size]
+        # the authors' sampling for this; Table 11 adds top-k 20 after training
+        groups = generate(llm, mine, args.eval_rollouts, args.seed, args.max_response_tokens,
+                          temperature=0.6, top_p=0.95)
+        rollouts = mark(verifier, groups, mine, after_think=True)
+        for r in rollouts:
+            r.row = rank + world_size * r.row  # the question's place in the benchmark
+        rollouts = sorted(exchange(rollouts), key=lambda r: r.row)
+        summary[name] = averages(rollouts)
+        records += [record(r, benchmark=name, index=r.row, answer=questions[r.row]["answer"])
+                    for r in rollouts]
+    if rank == 0:
+        write_lines(Path(args.run_dir) / f"eval/step_{step}.jsonl", records)
+        write_lines(Path(args.run_dir) / f"eval/step_{step}.json", [summary])
+        for name, s in summary.items():
+            tqdm.write(f"  eval {name:10s} score {s['score']:.3f}  len {s['length']:6,.0f}  "
+                       f"epistemic {s['epistemic']:5.1f}")
+    return summary
+
+def log(run_dir, step, rollouts, metrics, lr, clock, device):
+    """A line of metrics.jsonl, one on the screen, and the step's first 64 texts."""
+    seconds = {phase: end - start for (_, start), (phase, end) in itertools.pairwise(clock)}
+    speed = sum(len(r.response_ids) for r in rollouts) / sum(seconds.values())
+    peak = (torch.cuda.max_memory_allocated() if device.type == "cuda"
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    trained = sum(r.advantage != 0 for r in rollouts) / len(rollouts)
+    m = dict(step=step, **averages(rollouts), trained=trained, **metrics, lr=lr,
+             seconds=seconds, tokens_per_second=speed, peak_memory_gb=peak / 1e9)
+    with open(run_dir / "metrics.jsonl", "a") as f:
+        f.write(json.dumps(m) + "\n")
+    sample = [record(r, row=r.row) for r in rollouts[:64]]
+    write_lines(run_dir / f"rollouts/step_{step}.jsonl", sample)
+    phases = "  ".join(f"{phase} {s:.1f} s" for phase, s in seconds.items())
+    tqdm.write(f"step {step:3d}  score {m['score']:.3f}  len {m['length']:6,.0f}  epistemic "
+               f"{m['epistemic']:5.1f}  loss {m['loss']:.4f}  | {phases} | {speed:,.0f} tok/s")
+
+def main():
+    args = parse_args()
+    check_args(args, int(os.environ.get("WORLD_SIZE", 1)))
+    tokenizer, config = load_tokenizer(args)
+    if args.max_prompt_tokens + args.max_response_tokens > config.max_position_embeddings:
+        fail(f"--max_prompt_tokens + --max_response_tokens is more than the "
+             f"{config.max_position_embeddings:,} positions of {args.model}")
+    questions = choose_questions(with_prompts(args.data, tokenizer, args), args.num_questions,
+                                 args.seed)
+    benchmarks = {Path(s).stem: with_prompts(s, tokenizer, args) for s in args.eval_data}
+    device = start_process_group()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    import transformers
+    transformers.logging.disable_progress_bar()
+    llm = make_engine(args, device, "bfloat16" if device.type == "cuda" else "float32")
+    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    model.to(device)
+    if device.type == "cuda":
+        model.gradient_checkpointing_enable(dict(use_reentrant=False))
+        model.train()
+    ddp = DistributedDataParallel(Student(model, args, device), gradient_as_bucket_view=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)  # Table 8
+    sync_weights(llm, model)
+
+    run_dir = Path(args.run_dir)
+    if rank == 0:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
+                                capture_output=True, text=True).stdout.strip()
+        write_lines(run_dir / "config.json", [dict(
+            vars(args), script="grpo.py", commit=commit, world_size=world_size,
+            versions=dict(torch=torch.__version__, transformers=transformers.__version__))])
+        if args.num_questions:  # the choice, as a file that --data takes
+            write_lines(run_dir / "questions.jsonl", [
+                dict(prompt=q["messages"], answer=q["answer"]) for q in questions])
+        print(f"{args.model}: {model.num_parameters():,} parameters, {len(questions):,} questions, "
+              f"{world_size} x {device.type}; results in {run_dir}", flush=True)
+    stream = question_stream(questions, args.seed)
+    share = args.questions_per_step // world_size
+    with Verifier() as verifier:
+        evaluate(llm, verifier, benchmarks, 0, args)
+        for step in tqdm(range(1, args.steps + 1), disable=True if rank else None):
+            clock = [("start", time.time())]
+            batch = list(itertools.islice(stream, args.questions_per_step))
+            mine = batch[rank * share : (rank + 1) * share]
+            rollouts = exchange(sample_groups(llm, verifier, mine, rank * share, step, args))
+            clock.append(("rollout", time.time()))
+            lr = args.lr * min(1, step / max(1, args.warmup_steps))
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            metrics = update(ddp, optimizer, rollouts)
+            clock.append(("update", time.time()))
+            sync_weights(llm, model)
+            clock.append(("sync", time.time()))
+            if step % args.eval_every == 0 or step == args.steps:
+                evaluate(llm, verifier, benchmarks, step, args)
+                clock.append(("eval", time.time()))
+            if rank == 0 and (step % args.save_every == 0 or step == args.steps):
+                save_checkpoint(model, tokenizer, step, args)
+                clock.append(("save", time.time()))
+            if rank == 0:
+                log(run_dir, step, rollouts, metrics, lr, clock, device)
+    llm.llm_engine.engine_core.shutdown()  # left open, it prints tracebacks at exit
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,515 @@
+"""SFT on the model's own answers, off-policy self-distillation: Sec. 4 and Table 2 of the paper.
+
+Two sets of correct answers to the same questions, both written by the model itself and both under
+the plain prompt: d_ug, written without help (long, full of doubt), and d_sg, written with a solution
+in the prompt (short, sure). Fine-tuning on the first changes little; on the second it costs a
+third to two thirds of the score, although every answer is right.
+
+    torchrun --nproc_per_node 8 sft_distill.py --model deepseek-ai/DeepSeek-R1-Distill-Qwen-7B \\
+        --data runs/conditions/d_ug.jsonl runs/conditions/d_sg.jsonl      # prints Table 2
+    make demo                                                             # a small one, on two cores
+
+--data takes any JSON Lines files with `prompt` (messages, or the user's text) and `response`, and
+starts from --model again for each. The loss is the cross-entropy of the response and the end token
+behind it, a mean over all tokens of a batch; prompt and padding never count.
+
+Neither the paper nor the authors' code says how they trained. Ours is common practice for 800 long
+answers and a 7B model: full fine-tuning, 3 epochs, 32 examples a step (75 steps), AdamW at 1e-5,
+linear warm-up over the first tenth, then a cosine to 0, gradients clipped at 1.
+
+Watch: `loss` starts low, since the model wrote the answers itself (d_ug lower than d_sg: without the
+solution in the prompt a sure answer surprises it), and falls slowly. length and epistemic in eval/
+stay where they are on d_ug, and fall at once on d_sg.
+"""
+import argparse
+import contextlib
+import copy
+import itertools
+import json
+import logging
+import math
+import os
+import random
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+import epistemic
+from verifier import Verifier, load_questions
+
+# --- arguments -----------------------------------------------------------------------------------
+
+def parse_args(argv=None):
+    def positive(text):
+        if int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+        return int(text)
+    parser = argparse.ArgumentParser(
+        description="SFT on the model's own answers (Sec. 4). The paper states no settings.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = fail
+    add = parser.add_argument_group("model and data").add_argument
+    add("--model", required=True, help="hub id or Hugging Face folder")
+    add("--data", nargs="+", required=True, help=".jsonl files of prompt and response, a run each")
+    add("--enable_thinking", action=argparse.BooleanOptionalAction, default=True,
+        help="the chat template's switch (Qwen3)")
+    add("--max_prompt_tokens", type=positive, default=2048, help="longer ones are left out")
+    add("--max_response_tokens", type=positive, default=32768,
+        help="longer examples are left out, longer answers in the evaluation cut")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=positive, default=3)
+    add("--batch_size", type=positive, default=32, help="examples an update, over all ranks")
+    add("--lr", type=float, default=1e-5, help="its peak")
+    add("--warmup_ratio", type=float, default=0.1, help="share of the updates; then cosine to 0")
+    add("--tokens_per_micro_batch", type=positive, default=24576,
+        help="padded tokens in one forward; a longer sequence goes alone")
+    add = parser.add_argument_group("run").add_argument
+    add("--run_dir", default="runs/sft", help="a new folder; one in it for each of --data")
+    add("--seed", type=int, default=0, help="of data order and sampling")
+    add("--eval_data", nargs="*", default=["aime24", "aime25", "amc23", "math500"],
+        help="any of aime24 aime25 amc23 math500, hub ids, files")
+    add("--eval_rollouts", type=positive, default=16, help="answers to a question: acc@n")
+    add("--eval_every", type=positive, default=25, help="updates; also before the first")
+    add("--save_every", type=positive, default=25, help="updates; also after the last")
+    return parser.parse_args(argv)
+
+def fail(message):
+    """Bad input: one line and exit code 2. Every rank gets here; the first one speaks."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+def check_args(args):
+    if not 0 <= args.warmup_ratio <= 1:
+        fail(f"--warmup_ratio {args.warmup_ratio} must lie between 0 and 1")
+    for flag, sources in (("--data", args.data), ("--eval_data", args.eval_data)):
+        names = [Path(source).stem for source in sources]
+        if len({*names, "base"}) <= len(names) if flag == "--data" else len({*names}) < len(names):
+            fail(f"{flag}: two have one name ({' '.join(names)}); base is the untrained model's")
+    run_dir = Path(args.run_dir)
+    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        fail(f"--run_dir {run_dir} already holds results: name another folder or remove it")
+
+# --- prompts -------------------------------------------------------------------------------------
+
+def load_tokenizer(args):
+    """(tokenizer, config) of --model: what can be wrong with it shows before its weights load."""
+    from transformers import AutoConfig, AutoTokenizer
+    try:
+        config = AutoConfig.from_pretrained(args.model)
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+    except (OSError, ValueError) as error:
+        fail(f"--model {args.model}: no model folder, and no model on the hub "
+             f"({str(error).strip().splitlines()[0]})")
+    if tokenizer.chat_template is None:
+        fail(f"--model {args.model}: its tokenizer has no chat template")
+    return tokenizer, config
+
+def render(tokenizer, messages, enable_thinking):
+    """Token ids of a chat up to where the model speaks (Table 12).
+
+    A template with a BOS writes it itself (DeepSeek), so that none is added here.
+    """
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
+                                         enable_thinking=enable_thinking)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+def with_prompts(source, tokenizer, args):
+    """load_questions, each with its prompt_ids; those over --max_prompt_tokens left out."""
+    try:
+        questions = load_questions(source)
+    except ValueError as error:
+        fail(error)
+    for q in questions:
+        q["prompt_ids"] = render(tokenizer, q["messages"], args.enable_thinking)
+    kept = [q for q in questions if len(q["prompt_ids"]) <= args.max_prompt_tokens]
+    if not kept:
+        fail(f"{source}: all {len(questions)} prompts are longer than --max_prompt_tokens "
+             f"{args.max_prompt_tokens}")
+    if len(kept) < len(questions) and int(os.environ.get("RANK", 0)) == 0:
+        print(f"{source}: {len(questions) - len(kept):,} of {len(questions):,} prompts left out")
+    return kept
+
+def load_examples(path, tokenizer, args):
+    """[Rollout] of a .jsonl file with prompt and response; those that are too long left out.
+
+    The response becomes tokens again and gets the end token that the template puts behind it.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"--data {path}: cannot be read ({error})")
+    examples = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            prompt, response = row["prompt"], row["response"]
+            messages = [dict(role="user", content=prompt)] if isinstance(prompt, str) else prompt
+            if not isinstance(response, str) or not response.strip():
+                raise ValueError("the response is no text")
+            prompt_ids = render(tokenizer, messages, args.enable_thinking)
+        except Exception as error:  # no JSON, no object, no such key, what a template objects to
+            fail(f"--data {path}, line {number}: needs a prompt and a response ({error!r})")
+        response_ids = [*tokenizer.encode(response, add_special_tokens=False),
+                        tokenizer.eos_token_id]
+        examples.append(Rollout(number, prompt_ids, response_ids, None, response, True))
+    kept = [r for r in examples if len(r.prompt_ids) <= args.max_prompt_tokens
+            and len(r.response_ids) <= args.max_response_tokens]
+    if not kept:
+        fail(f"--data {path}: none of {len(examples)} examples within --max_prompt_tokens "
+             f"{args.max_prompt_tokens} and --max_response_tokens {args.max_response_tokens}")
+    if len(kept) < len(examples) and int(os.environ.get("RANK", 0)) == 0:
+        print(f"{path}: {len(examples) - len(kept):,} of {len(examples):,} examples left out")
+    return kept
+
+# --- loss ----------------------------------------------------------------------------------------
+
+CHUNK = 512  # positions through the LM head at once: 512 x 151,936 float32 logits are 0.3 GB
+
+def token_logprobs(hidden, head, targets, temperature):
+    """log p(target) at each of N positions, (N,) float32, never holding (N, V).
+
+    hidden (N, D) holds the states that predict targets (N,). The logits of a chunk live while it
+    is computed, and are made again in backward.
+    """
+    def chunk(h, y):
+        logits = head(h).float() / temperature  # (C, V)
+        return logits.gather(-1, y[:, None]).squeeze(-1) - logits.logsumexp(-1)
+    parts = zip(hidden.split(CHUNK), targets.split(CHUNK))
+    return torch.cat([checkpoint(chunk, *part, use_reentrant=False) for part in parts])
+
+def learning_rate(step, steps, args):
+    """Of update 1..steps: linear over the first --warmup_ratio of them, then a cosine to 0."""
+    warmup = math.ceil(args.warmup_ratio * steps)
+    if step <= warmup:
+        return args.lr * step / warmup
+    return args.lr * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup + 1))) / 2
+
+# --- rollout (for the evaluation) ----------------------------------------------------------------
+
+@dataclass
+class Rollout:
+    row: int  # line of the data file, or of the benchmark
+    prompt_ids: list
+    response_ids: list
+    logprobs: np.ndarray | None  # (T,) vLLM's own; of no use here
+    text: str
+    finished: bool  # by itself, not cut at max_response_tokens
+    reward: float = 0.0
+
+    def tokens(self):
+        return len(self.prompt_ids) + len(self.response_ids)
+
+def make_engine(args, device, dtype):
+    """vLLM in this very process, one engine a rank: its weights are handed over in memory.
+
+    So it reads none itself. On CPU it packs them, and handing over again would miss a head that is
+    tied to the embeddings (0.2 off in log-probability, silently): there it gets a head of its own.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    logging.getLogger("vllm").setLevel(logging.ERROR)  # of what it says before it reads that
+    if device.type == "cpu":
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
+        # unless this is set vLLM leaves torch one thread, in the update too
+        os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    from vllm import LLM
+    return LLM(args.model, dtype=dtype, seed=args.seed, enforce_eager=device.type == "cpu",
+               max_model_len=args.max_prompt_tokens + args.max_response_tokens,
+               gpu_memory_utilization=0.55, distributed_executor_backend="external_launcher",
+               logprobs_mode="processed_logprobs",  # of what is sampled from: after temperature
+               load_format="dummy", use_tqdm_on_load=False,
+               hf_overrides=dict(tie_word_embeddings=False) if device.type == "cpu" else None)
+
+def sync_weights(llm, model):
+    """The trainer's weights into vLLM, in place. Cached prefixes belong to the old ones."""
+    weights = ((name, p.detach()) for name, p in model.named_parameters(remove_duplicate=False))
+    llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=weights))
+    llm.reset_prefix_cache()
+
+def generate(llm, questions, n, seed, max_tokens, **sampling):
+    """n rollouts for each question: a list of groups, in the order of the questions."""
+    from vllm import SamplingParams
+    # One global seed, none a request: the latter crashes on CPU, the former repeats bit for bit.
+    torch.manual_seed(seed)
+    params = SamplingParams(n=n, max_tokens=max_tokens, logprobs=0, flat_logprobs=True, **sampling)
+    prompts = [dict(prompt_token_ids=q["prompt_ids"]) for q in questions]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    return [[Rollout(row, q["prompt_ids"], list(o.token_ids), np.float32(o.logprobs.logprobs),
+                     o.text, o.finish_reason == "stop") for o in output.outputs]
+            for row, (q, output) in enumerate(zip(questions, outputs))]
+
+def mark(verifier, groups, questions, **how):
+    """All rollouts of the groups, each with its reward: 1 correct, 0 not."""
+    rollouts = [r for group in groups for r in group]
+    golds = [q["answer"] for q, group in zip(questions, groups) for _ in group]
+    for r, reward in zip(rollouts, verifier.verify([r.text for r in rollouts], golds, **how)):
+        r.reward = reward
+    return rollouts
+
+def exchange(items):
+    """Every rank's list, joined in the order of the ranks."""
+    lists = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, items)
+    return [item for part in lists for item in part]
+
+# --- update --------------------------------------------------------------------------------------
+
+def deal(rollouts, world_size):
+    """Longest first, each to the rank with the fewest tokens so far: one list a rank."""
+    hands, load = [[] for _ in range(world_size)], [0] * world_size
+    for r in sorted(rollouts, key=lambda r: -r.tokens()):
+        rank = load.index(min(load))
+        hands[rank].append(r)
+        load[rank] += r.tokens()
+    return hands
+
+def micro_batches(rollouts, token_budget):
+    """Neighbours in length together, as many as fit the budget once padded to the longest."""
+    batches = []
+    for r in sorted(rollouts, key=lambda r: r.tokens()):
+        if batches and (len(batches[-1]) + 1) * r.tokens() <= token_budget:
+            batches[-1].append(r)
+        else:
+            batches.append([r])
+    return batches
+
+def response_hidden(model, prompts, responses, device):
+    """Last hidden states that predict the response tokens, (N, D), sequence by sequence.
+
+    Padded on the right, and no attention mask: under causal attention no real token sees the
+    padding behind it, so that the fast kernel applies.
+    """
+    width = max(len(p) + len(y) for p, y in zip(prompts, responses))
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)  # (B, T)
+    mask = torch.zeros(len(prompts), width, dtype=torch.bool)
+    for i, (p, y) in enumerate(zip(prompts, responses)):
+        ids[i, : len(p) + len(y)] = torch.tensor([*p, *y])
+        mask[i, len(p) - 1 : len(p) + len(y) - 1] = True  # position t predicts token t + 1
+    hidden = model.get_decoder()(input_ids=ids.to(device), use_cache=False).last_hidden_state
+    return hidden[mask.to(device)]
+
+class Student(torch.nn.Module):
+    """What DDP wraps: backbone and head in one forward, so that its hooks see them all."""
+
+    def __init__(self, model, args, device):
+        super().__init__()
+        self.model, self.args, self.device = model, args, device
+
+    def forward(self, micro):
+        """Log-probabilities of a micro-batch's response tokens, (N,)."""
+        prompts, responses = zip(*((r.prompt_ids, r.response_ids) for r in micro))
+        targets = torch.tensor([t for y in responses for t in y], device=self.device)
+        # bfloat16 on CUDA, over float32 weights: bfloat16 ones would not move at lr 1e-5
+        with torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda"):
+            hidden = response_hidden(self.model, prompts, responses, self.device)
+            return token_logprobs(hidden, self.model.get_output_embeddings(), targets, 1.0)
+
+def backward(ddp, minibatch, hand):
+    """Leaves the mini-batch's gradient, over all ranks, in .grad; returns its loss, nats a token."""
+    tokens = sum(len(r.response_ids) for r in minibatch)
+    # A rank with an empty hand still has to join the all-reduce, with a gradient of 0.
+    batches = micro_batches(hand, ddp.module.args.tokens_per_micro_batch) or [minibatch[:1]]
+    total = 0.0
+    for i, micro in enumerate(batches):
+        # DDP's all-reduce comes once, with the last micro-batch; ranks may differ in their number
+        with contextlib.nullcontext() if i == len(batches) - 1 else ddp.no_sync():
+            loss = -ddp(micro).sum() / tokens * bool(hand)
+            (loss * dist.get_world_size()).backward()  # DDP takes the mean of what is a sum
+        total += loss.item()
+    return sum(exchange([total]))
+
+def update(ddp, optimizer, minibatch):
+    """One optimizer step; returns the metrics. Every rank holds the whole mini-batch."""
+    hand = deal(minibatch, dist.get_world_size())[dist.get_rank()]
+    optimizer.zero_grad(set_to_none=True)
+    loss = backward(ddp, minibatch, hand)
+    norm = torch.nn.utils.clip_grad_norm_(ddp.parameters(), 1.0).item()
+    if math.isfinite(norm):
+        optimizer.step()
+    return dict(loss=loss, grad_norm=norm, updates=int(math.isfinite(norm)),
+                trained_tokens=sum(len(r.response_ids) for r in minibatch))
+
+# --- run -----------------------------------------------------------------------------------------
+
+def start_process_group():
+    """torchrun's group, or under plain python one of a single process; returns its device."""
+    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1).items():
+        os.environ.setdefault(name, str(value))
+    if not torch.cuda.is_available():
+        dist.init_process_group("gloo", **alone)
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl", **alone)
+    return device
+
+def write_lines(path, rows):
+    """JSON Lines, written aside and renamed, so that a reader never finds half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".part")
+    aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    aside.rename(path)
+
+def save_checkpoint(model, tokenizer, step, args):
+    """An ordinary Hugging Face folder, written aside and renamed."""
+    folder = Path(args.run_dir) / f"checkpoints/step_{step}"
+    aside = folder.with_name(folder.name + ".part")
+    model.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    aside.rename(folder)
+
+def averages(rollouts):
+    """What people watch: score, length in tokens, epistemic markers, share of cut answers."""
+    columns = [(r.reward, len(r.response_ids), epistemic.count(r.text), not r.finished)
+               for r in rollouts]
+    means = np.mean(columns, axis=0).tolist()
+    return dict(zip(("score", "length", "epistemic", "truncated"), means))
+
+def record(r, **more):
+    """A rollout as a line of a file that epistemic.py and report.py read."""
+    return dict(more, correct=r.reward, tokens=len(r.response_ids), finished=r.finished,
+                epistemic=epistemic.count(r.text), response=r.text)
+
+def evaluate(llm, verifier, benchmarks, step, args):
+    """Averages on every benchmark, into eval/step_N.json, and every answer, into step_N.jsonl."""
+    rank, world_size, summary, records = dist.get_rank(), dist.get_world_size(), {}, []
+    for name, questions in benchmarks.items():
+        mine = questions[rank::world_size]
+        # the authors' sampling for this; Table 11 adds top-k 20 after training
+        groups = generate(llm, mine, args.eval_rollouts, args.seed, args.max_response_tokens,
+                          temperature=0.6, top_p=0.95)
+        rollouts = mark(verifier, groups, mine, after_think=True)
+        for r in rollouts:
+            r.row = rank + world_size * r.row  # the question's place in the benchmark
+        rollouts = sorted(exchange(rollouts), key=lambda r: r.row)
+        summary[name] = averages(rollouts)
+        records += [record(r, benchmark=name, index=r.row, answer=questions[r.row]["answer"])
+                    for r in rollouts]
+    if rank == 0:
+        write_lines(Path(args.run_dir) / f"eval/step_{step}.jsonl", records)
+        write_lines(Path(args.run_dir) / f"eval/step_{step}.json", [summary])
+        for name, s in summary.items():
+            tqdm.write(f"  eval {name:10s} score {s['score']:.3f}  len {s['length']:6,.0f}  "
+                       f"epistemic {s['epistemic']:5.1f}")
+    return summary
+
+def log(run_dir, step, minibatch, metrics, lr, clock, device):
+    """A line of metrics.jsonl: length and epistemic are those of the step's examples."""
+    seconds = {phase: end - start for (_, start), (phase, end) in itertools.pairwise(clock)}
+    peak = (torch.cuda.max_memory_allocated() if device.type == "cuda"
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    data = averages(minibatch)
+    m = dict(step=step, length=data["length"], epistemic=data["epistemic"], **metrics, lr=lr,
+             seconds=seconds, tokens_per_second=metrics["trained_tokens"] / seconds["update"],
+             peak_memory_gb=peak / 1e9)
+    with open(run_dir / "metrics.jsonl", "a") as f:
+        f.write(json.dumps(m) + "\n")
+
+def train(path, examples, llm, verifier, tokenizer, benchmarks, device, args):
+    """From --model on one data set; returns the evaluation after the last update."""
+    import transformers
+    rank, run_dir = dist.get_rank(), Path(args.run_dir)
+    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    model.to(device)
+    if device.type == "cuda":
+        model.gradient_checkpointing_enable(dict(use_reentrant=False))
+        model.train()
+    ddp = DistributedDataParallel(Student(model, args, device), gradient_as_bucket_view=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
+    if rank == 0:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
+                                capture_output=True, text=True).stdout.strip()
+        write_lines(run_dir / "config.json", [dict(
+            vars(args), data=path, script="sft_distill.py", commit=commit,
+            world_size=dist.get_world_size(),
+            versions=dict(torch=torch.__version__, transformers=transformers.__version__))])
+        print(f"{path}: {len(examples):,} examples; results in {run_dir}", flush=True)
+    rng, batches = random.Random(args.seed), []
+    for _ in range(args.epochs):
+        order = rng.sample(examples, len(examples))
+        batches += [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)]
+    bar = tqdm(batches, disable=True if rank else None)
+    for step, minibatch in enumerate(bar, 1):
+        clock = [("start", time.time())]
+        lr = learning_rate(step, len(batches), args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        metrics = update(ddp, optimizer, minibatch)
+        clock.append(("update", time.time()))
+        bar.set_postfix(loss=f"{metrics['loss']:.3f}")
+        if step % args.eval_every == 0 or step == len(batches):
+            sync_weights(llm, model)
+            clock.append(("sync", time.time()))
+            if rank == 0:
+                tqdm.write(f"step {step:3d}  loss {metrics['loss']:.3f}")
+            summary = evaluate(llm, verifier, benchmarks, step, args)
+            clock.append(("eval", time.time()))
+        if rank == 0 and (step % args.save_every == 0 or step == len(batches)):
+            save_checkpoint(model, tokenizer, step, args)
+            clock.append(("save", time.time()))
+        if rank == 0:
+            log(run_dir, step, minibatch, metrics, lr, clock, device)
+    return summary
+
+def table(rows):
+    """Table 2: {name: {benchmark: averages}} as a line a name; scores, then lengths and markers."""
+    benchmarks = list(next(iter(rows.values())))
+    lines = []
+    for title, key, form in (("score", "score", ".3f"), ("response tokens", "length", ",.0f"),
+                             ("epistemic tokens", "epistemic", ".1f")):
+        lines.append(f"{title:20s}" + "".join(f"{name[:11]:>12s}" for name in benchmarks))
+        for name, summary in rows.items():
+            cells = "".join(f"{summary[b][key]:>12{form}}" for b in benchmarks)
+            lines.append(f"  {name:18s}{cells}")
+    return "\n".join(lines)
+
+def main():
+    args = parse_args()
+    check_args(args)
+    tokenizer, config = load_tokenizer(args)
+    if args.max_prompt_tokens + args.max_response_tokens > config.max_position_embeddings:
+        fail(f"--max_prompt_tokens + --max_response_tokens is more than the "
+             f"{config.max_position_embeddings:,} positions of {args.model}")
+    data = {path: load_examples(path, tokenizer, args) for path in args.data}
+    benchmarks = {Path(s).stem: with_prompts(s, tokenizer, args) for s in args.eval_data}
+    device = start_process_group()
+    import transformers
+    transformers.logging.disable_progress_bar()
+    llm = make_engine(args, device, "bfloat16" if device.type == "cuda" else "float32")
+
+    def arguments_of(name):  # each data set's run has a folder of its own
+        run = copy.copy(args)
+        run.run_dir = str(Path(args.run_dir) / name)
+        return run
+
+    with Verifier() as verifier:
+        sync_weights(llm, transformers.AutoModelForCausalLM.from_pretrained(
+            args.model, dtype=torch.float32))
+        rows = dict(base=evaluate(llm, verifier, benchmarks, 0, arguments_of("base")))
+        for path, examples in data.items():
+            name = Path(path).stem
+            rows[f"SFT on {name}"] = train(path, examples, llm, verifier, tokenizer, benchmarks,
+                                           device, arguments_of(name))
+    if dist.get_rank() == 0:
+        write_lines(Path(args.run_dir) / "summary.json", [dict(vars(args), rows=rows)])
+        print(f"\n{args.model}, {args.eval_rollouts} answers to a question\n\n{table(rows)}")
+    llm.llm_engine.engine_core.shutdown()  # left open, it prints tracebacks at exit
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+if __name__ == "__main__":
+    main()
