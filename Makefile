@@ -4,21 +4,47 @@ BIN := .venv/bin
 GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 REQUIREMENTS := $(if $(GPU),requirements.txt,requirements-cpu.txt)
 QUIET := PYTHONWARNINGS=ignore TORCH_CPP_LOG_LEVEL=ERROR
-TOY := --max_response_tokens 640
-SPLITS := toy/data/in.jsonl toy/data/mid.jsonl toy/data/ood.jsonl
 
-.PHONY: demo test
+# What demo and study run, in the folder $(OUT): the scripts at the toy's size.
+OUT := runs/demo
+SEED := 0
+STEPS := 40
+TOY := --model toy/model --max_response_tokens 640 --seed $(SEED)
+EVAL := --eval_data toy/data/in.jsonl toy/data/ood.jsonl
+TRAIN := $(TOY) $(EVAL) --data toy/data/train.jsonl --questions_per_step 32 --warmup_steps 5 \
+    --minibatch_questions 32 --steps $(STEPS) --save_every $(STEPS) --tokens_per_micro_batch 8192
+ended = $(1:%=$(OUT)/%/checkpoints/step_$(STEPS))
+grpo := grpo.py --lr 1e-4
+sdpo := sdpo.py --lr 2e-4
+sdpo_without_think := $(sdpo) --demonstration without_think
+sdpo_ema := $(sdpo) --ema 0.05
+sdpo_8 := $(sdpo) --num_questions 8
+sdpo_512 := $(sdpo) --num_questions 512
+
+.PHONY: demo study seed test
 demo: .venv/installed
 	rm -rf runs/demo
-	$(QUIET) $(BIN)/python evaluate.py --model toy/model --data $(SPLITS) $(TOY) --samples 4 \
-	    --out runs/demo/before
-	$(QUIET) $(BIN)/torchrun sdpo.py --model toy/model --data toy/data/train.jsonl $(TOY) \
-	    --eval_data $(SPLITS) --questions_per_step 32 --minibatch_questions 32 --lr 2e-4 \
-	    --steps 60 --warmup_steps 5 --tokens_per_micro_batch 8192 --save_every 60 \
-	    --run_dir runs/demo/sdpo
-	$(QUIET) $(BIN)/python evaluate.py --model runs/demo/sdpo/checkpoints/step_60 \
-	    --data $(SPLITS) $(TOY) --samples 4 --out runs/demo/after
+	$(MAKE) --no-print-directory runs/demo/sft/summary.json $(call ended,grpo sdpo)
 	$(BIN)/python report.py runs/demo
+
+# The whole miniature, three seeds: about an hour and a half. Started again, it goes on.
+study: .venv/installed
+	for seed in 0 1 2; do \
+	    $(MAKE) --no-print-directory seed OUT=runs/study/seed_$$seed SEED=$$seed || exit; done
+	$(BIN)/python report.py runs/study/seed_*
+seed: $(OUT)/sft/summary.json \
+    $(call ended,grpo sdpo sdpo_without_think sdpo_ema sdpo_8 sdpo_512)
+
+$(OUT)/conditions/summary.json:
+	$(QUIET) $(BIN)/python generate_conditions.py $(TOY) --data toy/data/train.jsonl \
+	    --num_questions 64 --sft_examples 256 --questions_per_round 256 --out $(@D)
+$(OUT)/sft/summary.json: $(OUT)/conditions/summary.json
+	rm -rf $(@D)
+	$(QUIET) $(BIN)/torchrun sft_distill.py $(TOY) $(EVAL) --data $(<D)/d_ug.jsonl $(<D)/d_sg.jsonl \
+	    --lr 1e-4 --eval_rollouts 4 --tokens_per_micro_batch 8192 --run_dir $(@D)
+$(OUT)/%/checkpoints/step_$(STEPS):
+	rm -rf $(OUT)/$*
+	$(QUIET) $(BIN)/torchrun $($*) $(TRAIN) --run_dir $(OUT)/$*
 
 test: .venv/installed
 	$(QUIET) $(BIN)/python -m pytest -q -p no:cacheprovider tests

@@ -96,7 +96,7 @@ def check_args(args, config):
     if path.exists():
         before = json.loads(path.read_text())
         for name, value in vars(args).items():
-            if before.get(name) != value:
+            if name != "out" and before.get(name) != value:
                 fail(f"--{name} {value}: {path.parent} was begun with {before.get(name)}; "
                      "name another folder, or go on as it was begun")
 
@@ -274,7 +274,8 @@ def ask_round(llm, verifier, tokenizer, questions, number, to_study, want_pairs,
     def answers(picked, chat_of, stage):
         seed = hash((args.seed, number, stage, rank)) % 2**31
         golds = [q["answer"] for q in picked]
-        return ask(llm, verifier, tokenizer, [chat_of(q) for q in picked], golds, seed, args)
+        chats = [chat_of(q) for q in picked]
+        return ask(llm, verifier, tokenizer, chats, golds, seed, args) if chats else []
 
     mine = [dict(index=q["index"], messages=q["messages"], answer=q["answer"], contexts={})
             for q in questions[rank::world_size]]

@@ -32,7 +32,7 @@ CHAT_TEMPLATE = (  # Qwen3's, without tools
 
 def draw(rng):
     """Long searches are rarer in pretraining than short ones: that makes them hard."""
-    low, high = rng.choices([(4, 10), (11, 15), (16, 22)], [6, 4, 1])[0]
+    low, high = rng.choices([(4, 10), (11, 17), (18, 22)], [7, 1.6, 0.6])[0]
     return pretraining_example(rng, low, high)
 
 

@@ -2,14 +2,13 @@
 
 A problem: "Find the smallest x >= 0 with (b + ax) mod m = r."  A search solves it in small, easy
 steps and nobody can guess it in one, so a model that *searches aloud* is right and one that
-announces an answer is not. The modulus m is the difficulty: a search takes up to m tries.
+announces an answer is not. The difficulty is the length of the search, x + 1 tries.
 
-    split   m         what it stands for
-    in      4 .. 10   the questions that are trained on (train.jsonl) and fresh ones like them
-    mid    11 .. 15   DAPO-like breadth
-    ood    18 .. 22   AIME-like: longer searches than any that training shows
+    split   answer    what it stands for
+    in      4 .. 12   the questions that are trained on (train.jsonl) and fresh ones like them
+    ood    13 .. 21   AIME-like: longer searches than any that training shows
 
-    python toy/problems.py          # writes toy/data/{train,in,mid,ood}.jsonl, seeded; no question twice
+    python toy/problems.py          # writes toy/data/{train,in,ood}.jsonl, seeded; no question twice
 """
 
 import argparse
@@ -18,7 +17,8 @@ import math
 import random
 from pathlib import Path
 
-SPLITS = {"in": (4, 10), "mid": (11, 15), "ood": (18, 22)}
+MODULI = (11, 22)  # of every split: the arithmetic is the same, and pretraining has seen it
+SPLITS = {"in": (4, 12), "ood": (13, 21)}
 INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 CLOSE = "Correctly solve the original question."
@@ -33,10 +33,10 @@ CLOSE_UNCERTAIN = (  # App. C
 # Table 1's ordering (1) > (3) > (4) > (2). What distillation then does to accuracy is measured.
 STYLE = {
     "unguided": (0.0, 0.0),
-    "without_think": (0.15, 0.02),
-    "uncertain": (0.5, 0.06),  # App. C's prompt, asked with a full solution
-    "regenerated": (0.7, 0.06),
-    "full": (0.9, 0.12),
+    "without_think": (0.3, 0.04),
+    "uncertain": (0.55, 0.12),  # App. C's prompt, asked with a full solution
+    "regenerated": (0.7, 0.2),
+    "full": (0.9, 0.3),
 }
 
 
@@ -49,8 +49,10 @@ def make_problem(rng, low, high):
 
 
 def all_problems(low, high):
-    return [dict(a=a, b=b, m=m, x=x, r=(b + a * x) % m) for m in range(low, high + 1)
-            for a in range(1, 5) for b in range(m) for x in range(m // math.gcd(a, m))]
+    """Those of MODULI whose answer lies between low and high."""
+    return [dict(a=a, b=b, m=m, x=x, r=(b + a * x) % m)
+             for m in range(MODULI[0], MODULI[1] + 1) for a in range(1, 5) for b in range(m)
+             for x in range(low, min(high + 1, m // math.gcd(a, m)))]
 
 
 def question(problem):
@@ -73,7 +75,7 @@ def trace(rng, problem, style):
         wrap = f" - {m}" if k and before + a >= m else ""
         step = f"x = {k}: {before} + {a}{wrap} = {value}" if k else f"x = 0: {b}"
         if not hedged:
-            said.append(f"{step}.")
+            said.append(f"{step}, need {r}.")
             continue
         guess = rng.choices(["maybe", "perhaps", "alternatively"], [6, 3, 1])[0]
         said.append(f"{guess.capitalize() if k == 0 else 'Wait, ' + guess} {step}, need {r}.")
@@ -118,7 +120,7 @@ def row(problem, index, split):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default=str(Path(__file__).parent / "data"))
-    parser.add_argument("--train", type=int, default=800, help="questions in train.jsonl")
+    parser.add_argument("--train", type=int, default=2000, help="questions in train.jsonl")
     parser.add_argument("--eval", type=int, default=200, help="questions in each of the others")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

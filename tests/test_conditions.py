@@ -1,0 +1,437 @@
+"""generate_conditions.py: the five prompts, who is asked what, the tables, by scripts. No vLLM."""
+import contextlib
+import json
+import re
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+import epistemic
+import generate_conditions as conditions
+
+ROOT = Path(__file__).resolve().parent.parent
+TOKENIZERS = ROOT.parent / "shared/data/tokenizers"
+
+# ---------------------------------------------------------------------------------------- prompts
+
+QUESTION = "What is 1 + 1?\nPlease reason step by step, and put your final answer within \\boxed{}."
+CHAT = [dict(role="user", content=QUESTION)]
+S = "<think>\nWait, 1 + 1 = 2.\n</think>\n\nSo \\boxed{2}."
+CLOSE = "Correctly solve the original question."
+SHOWN = {  # context: what stands behind the question, as Sec. 3 and App. C print it
+    "full": f"\n\nCorrect solution: {S}\n\n{CLOSE}",
+    "without_think": f"\n\nCorrect solution: So \\boxed{{2}}.\n\n{CLOSE}",
+    "regenerated": f"\n\nCorrect solution: {S}\n\n{CLOSE}",
+    "uncertain": (
+        f"\n\nCorrect solution: {S}\n\nSolve the original question from scratch with a full, "
+        "detailed reasoning trace, without skipping any steps, and include as much uncertainty or "
+        "ambiguity in the explanation."),
+}
+TURN = "<|im_end|>\n<|im_start|>assistant\n"
+TABLE_12 = {  # model: (what comes before the user's text, what comes after with thinking, without)
+    "deepseek-r1-distill-qwen": ("<｜begin▁of▁sentence｜><｜User｜>", "<｜Assistant｜><think>\n", None),
+    "qwen3": ("<|im_start|>user\n", TURN, TURN + "<think>\n\n</think>\n\n"),
+    "olmo-3-instruct": (
+        "<|im_start|>system\nYou are a helpful function-calling AI assistant. You do not currently "
+        "have access to any functions. <functions></functions><|im_end|>\n<|im_start|>user\n",
+        TURN, None),
+    "toy": ("<|im_start|>user\n", TURN, TURN + "<think>\n\n</think>\n\n"),
+}
+
+
+def assert_prompts(folder, name):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    before, thinking, off = TABLE_12[name]
+    chats = [(CHAT, QUESTION)]  # (1): the plain question
+    chats += [(conditions.guided_messages(CHAT, context, S), QUESTION + shown)
+              for context, shown in SHOWN.items()]
+    for messages, text in chats:
+        for enabled, after in ((True, thinking), (False, off or thinking)):
+            ids = conditions.render(tokenizer, messages, enabled)
+            assert tokenizer.decode(ids) == before + text + after
+            if tokenizer.bos_token_id is not None:
+                assert ids.count(tokenizer.bos_token_id) == before.count(tokenizer.bos_token)
+
+
+@pytest.mark.skipif(not TOKENIZERS.exists(), reason="needs the real tokenizers beside the project")
+@pytest.mark.parametrize("name", [name for name in TABLE_12 if name != "toy"])
+def test_prompts_of_the_papers_models(name):
+    assert_prompts(TOKENIZERS / name, name)
+
+
+def test_prompts_of_the_toy():
+    assert_prompts(ROOT / "toy/model", "toy")
+
+
+def test_contexts_are_the_tables_rows():
+    assert list(conditions.CONTEXTS) == ["unguided", *SHOWN]
+    assert [label[:3] for label in conditions.CONTEXTS.values()] == [f"({i})" for i in range(1, 6)]
+
+
+def test_a_guided_chat_keeps_its_system_message_and_the_plain_one_its_question():
+    chat = [dict(role="system", content="Be brief."), *CHAT]
+    guided = conditions.guided_messages(chat, "full", S)
+    assert guided == [chat[0], dict(role="user", content=QUESTION + SHOWN["full"])]
+    assert chat[1]["content"] == QUESTION  # it is asked again, without
+
+
+@pytest.mark.parametrize("response, shown", [
+    (S, "So \\boxed{2}."),
+    ("Wait.\n</think>\n\nSo 2.", "So 2."),  # DeepSeek: the template opened it
+    ("<think>\n\n</think>\n\nSo 2.", "So 2."),  # Qwen3 with thinking off
+    ("<think>a</think> b <think>c</think> d", "b d"),
+    ("So 2.", "So 2."),
+])
+def test_without_think(response, shown):
+    assert conditions.demonstration_text(response, "without_think") == shown
+    for context in ("full", "regenerated", "uncertain"):
+        assert conditions.demonstration_text(response, context) == response
+
+
+# ----------------------------------------------------------------------------------------- tables
+
+
+def answer(text, correct=1.0, finished=True, tokens=10):
+    return dict(correct=correct, tokens=tokens, finished=finished, response=text,
+                epistemic=epistemic.count(text))
+
+
+def group(name, correct, cut=""):
+    """Answers to a question in one context, named after their place: "1" is correct, "0" not."""
+    return [answer(f"{name}{i}", float(c), str(i) not in cut) for i, c in enumerate(correct)]
+
+
+def test_first_correct():
+    assert conditions.first_correct(group("a", "0011")) == "a2"
+    assert conditions.first_correct(group("a", "1000")) == "a0"
+    assert conditions.first_correct(group("a", "0000")) == "a0"  # authors' code
+
+
+def test_pairs_are_as_many_of_each_a_question_in_the_same_order():
+    questions = [
+        dict(index=4, messages=CHAT, answer="2", contexts=dict(
+            unguided=group("u", "01100"), full=group("f", "11111"))),
+        dict(index=5, messages=CHAT, answer="2", contexts={}),
+        dict(index=6, messages=CHAT, answer="2", contexts=dict(unguided=group("?", "11111"))),
+        dict(index=7, messages=CHAT, answer="2", contexts=dict(
+            unguided=group("u", "11110", cut="02"), full=group("f", "10100"))),
+        dict(index=8, messages=CHAT, answer="2", contexts=dict(
+            unguided=group("u", "10000", cut="0"), full=group("f", "11111"))),
+        dict(index=9, messages=CHAT, answer="3", contexts=dict(
+            unguided=group("u", "11100"), full=group("f", "11100", cut="01"))),
+    ]
+    d_ug, d_sg = conditions.sft_pairs(questions, 800)
+    assert [(row["index"], row["response"]) for row in d_ug] == [
+        (4, "u1"), (4, "u2"), (7, "u1"), (7, "u3"), (9, "u0")]
+    assert [(row["index"], row["response"]) for row in d_sg] == [
+        (4, "f0"), (4, "f1"), (7, "f0"), (7, "f2"), (9, "f2")]
+    for row in d_ug + d_sg:  # both under the plain prompt, as sft_distill.py takes it
+        assert row["prompt"] == CHAT and row["answer"] == ("3" if row["index"] == 9 else "2")
+    assert conditions.sft_pairs(questions, 3) == (d_ug[:3], d_sg[:3])
+    assert conditions.sft_pairs(questions, 0) == ([], [])
+
+
+def test_mean_and_error_by_hand():
+    values = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]  # means .25 .5 1, their deviation .381881
+    mean, error = conditions.mean_and_error(values, float)
+    assert mean == pytest.approx(7 / 12) and error == pytest.approx(0.381881 / 3**0.5, rel=1e-5)
+    assert conditions.mean_and_error([[1, 0]], float) == (0.5, None)
+
+
+def test_summary_and_table_by_hand():
+    texts = {context: "Wait, maybe. " * n + "Check: 2."
+             for context, n in zip(conditions.CONTEXTS, (5, 1, 4, 2, 3))}
+    studied = [dict(contexts={
+        context: [answer(text, 1.0, True, 100 * (i + 1)), answer(text, 0.0, i == 0, 300 * (i + 1))]
+        for context, text in texts.items()}) for i in range(2)]
+    studied[1]["contexts"]["full"][1]["correct"] = 1.0
+    rows = conditions.summarise(studied)
+    assert list(rows) == list(conditions.CONTEXTS)
+    full = rows["full"]
+    assert (full["score"], full["score_error"]) == pytest.approx((0.75, 0.25))
+    assert (full["length"], full["length_error"]) == pytest.approx((300, 100))  # of 200 and 400
+    assert (full["epistemic"], full["epistemic_error"], full["truncated"]) == (3, 0, 0.25)
+    assert full["markers"] == {m: float(m in ("wait", "maybe", "check")) for m in epistemic.MARKERS}
+
+    lines = conditions.table(rows).splitlines()
+    split = {cells[0]: cells for cells in (re.split(r"\s{2,}", line.strip()) for line in lines)}
+    assert split["(2) full solution"] == [
+        "(2) full solution", "0.750 ± 0.250", "300 ± 100", "3.0 ± 0.0", "25.0%"]
+    assert split["(1) unguided"][1:] == ["0.500 ± 0.000", "300 ± 100", "11.0 ± 0.0", "25.0%"]
+    assert split["wait"] == ["wait", "5.00", "1.00", "4.00", "2.00", "3.00"]
+    assert split["check"][1:] == ["1.00"] * 5 and split["hmm"][1:] == ["0.00"] * 5
+    assert all(marker in split for marker in epistemic.MARKERS)
+    assert all(label in split for label in conditions.CONTEXTS.values())
+    one = conditions.table(conditions.summarise(studied[:1]))
+    assert "±" not in one and "0.500" in one  # the spread of one question is unknown
+
+
+# ----------------------------------------------------------------------------------- who is asked
+
+
+UNGUIDED = ["00000000", "00000001", "01100000", "00001111", "11110100", "01000100", "11111111"]
+GUIDED = ["11111111", "00100000", "00000000", "11111111", "11111111", "00000011", "11111111"]
+ARGS = Namespace(accuracy=[0.125, 0.5], samples=8, seed=0)
+
+
+CHATS = [[dict(role="user", content=f"Question {i}?")] for i in range(35)]
+
+
+def question(i):
+    return dict(index=i, answer=f"gold{i}", messages=CHATS[i], prompt_ids=[1])
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Every chat that `ask` gets, as (question, its text behind it): the answers are scripted."""
+    chats_seen = []
+
+    def ask(llm, verifier, tokenizer, chats, golds, seed, args):
+        groups = []
+        for (message,), gold in zip(chats, golds, strict=True):
+            i, rest = re.fullmatch(r"Question (\d+)\?(.*)", message["content"], re.S).groups()
+            assert gold == f"gold{i}"
+            chats_seen.append((int(i), rest))
+            marks = (GUIDED if rest else UNGUIDED)[int(i) % 7]
+            # what was shown is part of the answer, so that (2) can be told from the others
+            name = "plain" if not rest else "sure" if rest.endswith(CLOSE) else "doubtful"
+            groups.append(group(f"<think>hm</think>\n{name} answer to {i}, number ", marks))
+        return groups
+
+    monkeypatch.setattr(conditions, "ask", ask)
+    monkeypatch.setattr(conditions, "exchange", lambda items: items)
+    monkeypatch.setattr(conditions.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(conditions.dist, "get_world_size", lambda: 1)
+    return chats_seen
+
+
+def ask_round(to_study, want_pairs, args=ARGS):
+    return conditions.ask_round(None, None, None, [question(i) for i in range(7)], 0, to_study,
+                                want_pairs, args)
+
+
+@pytest.mark.parametrize("want_pairs", [True, False])
+def test_the_band_includes_its_bounds(asked, want_pairs):
+    questions = ask_round(100, want_pairs)
+    assert [q["index"] for q in questions] == list(range(7))  # all, for the count and the record
+    assert [q["accuracy"] for q in questions] == [0, 0.125, 0.25, 0.5, 0.625, 0.25, 1]
+    studied = [q for q in questions if q["contexts"]]
+    assert [q["index"] for q in studied] == [1, 2, 3, 5]
+    for q in studied:
+        assert list(q["contexts"]) == list(conditions.CONTEXTS)
+        assert all(len(answers) == 8 for answers in q["contexts"].values())
+        assert (q["messages"], q["answer"]) == (CHATS[q["index"]], f"gold{q['index']}")
+    assert len(asked) == 7 + 4 * 4
+    narrow = Namespace(**{**vars(ARGS), "accuracy": [0.2, 0.3]})
+    assert [q["index"] for q in ask_round(100, want_pairs, narrow) if q["contexts"]] == [2, 5]
+
+
+def test_what_stands_in_each_context(asked):
+    ask_round(100, True)
+    s = {1: 7, 2: 1, 3: 4, 5: 1}  # the first correct of (1)
+    y = {1: 2, 2: 0, 3: 0, 5: 6}  # the first correct of (2), or its first
+    for i in s:
+        plain, sure = (f"{name} answer to {i}, number {n}" for name, n in
+                       (("plain", s[i]), ("sure", y[i])))
+        think = "<think>hm</think>\n"
+        uncertain = SHOWN["uncertain"].replace(S, think + plain)
+        assert [rest for number, rest in asked if number == i] == ["", *(
+            f"\n\nCorrect solution: {shown}\n\n{CLOSE}"
+            for shown in (think + plain, plain, think + sure)), uncertain]
+
+
+@pytest.mark.parametrize("to_study, studied", [
+    (0, []), (1, [1]), (3, [1, 2, 3]), (4, [1, 2, 3, 5])])
+def test_only_as_many_as_to_study_get_five_contexts(asked, to_study, studied):
+    band = [1, 2, 3, 5]
+    questions = {q["index"]: q for q in ask_round(to_study, True)}
+    for i in band:  # for the pairs the others have the first two
+        wanted = list(conditions.CONTEXTS)[: 5 if i in studied else 2]
+        assert list(questions[i]["contexts"]) == wanted
+    assert len(asked) == 7 + 4 + 3 * len(studied)
+    pairs = conditions.sft_pairs(questions.values(), 800)
+    assert [row["index"] for row in pairs[0]] == [1, 3, 3, 3, 3, 5, 5]
+
+    asked.clear()
+    questions = {q["index"]: q for q in ask_round(to_study, False)}
+    assert [i for i, q in questions.items() if "full" in q["contexts"]] == studied
+    assert len(asked) == 7 + 4 * len(studied)  # nobody is asked for pairs that nobody wants
+
+
+def test_ask_marks_answers_in_their_order(monkeypatch):
+    asked = []
+
+    def generate(prompts, params, use_tqdm):
+        asked.extend(zip(prompts, params, strict=True))
+        return [Namespace(outputs=[
+            Namespace(text=f"{i}{j} maybe", token_ids=[1] * (10 * i + j),
+                      finish_reason="stop" if j else "length") for j in range(3)])
+            for i in range(len(prompts))]
+
+    def verify(texts, golds, after_think):
+        assert after_think and [t[0] for t in texts] == list("000111")
+        assert golds == ["a"] * 3 + ["b"] * 3
+        return [0.0, 1.0, 0.0, 1.0, 1.0, 0.0]
+
+    monkeypatch.setitem(sys.modules, "vllm",
+                        Namespace(SamplingParams=lambda **settings: Namespace(**settings)))
+    monkeypatch.setattr(conditions, "render", lambda tokenizer, messages, thinking: messages)
+    llm = Namespace(generate=generate,
+                    llm_engine=Namespace(model_config=Namespace(max_model_len=100)))
+    args = Namespace(samples=3, temperature=0.6, top_p=0.95, top_k=20, max_response_tokens=64,
+                     enable_thinking=True)
+    groups = conditions.ask(llm, Namespace(verify=verify), None, [[1] * 30, [1] * 40], ["a", "b"],
+                            0, args)
+    assert [[r["correct"] for r in g] for g in groups] == [[0, 1, 0], [1, 1, 0]]
+    assert [r["tokens"] for r in groups[1]] == [10, 11, 12]
+    assert [r["finished"] for r in groups[1]] == [False, True, True]
+    assert all(r["epistemic"] == 1 for g in groups for r in g)
+    assert [p["prompt_token_ids"] for p, _ in asked] == [[1] * 30, [1] * 40]
+    assert [(p.n, p.temperature, p.top_p, p.top_k) for _, p in asked] == [(3, 0.6, 0.95, 20)] * 2
+    assert [p.max_tokens for _, p in asked] == [64, 60]  # what room the prompt leaves
+
+
+def test_a_run_that_was_cut_goes_on_and_ends_alike(asked, tmp_path, monkeypatch, capsys):
+    ask, engine = conditions.ask, Namespace(
+        llm_engine=Namespace(engine_core=Namespace(shutdown=lambda: None)))
+    for name, value in dict(
+            load_tokenizer=lambda args: (None, Namespace(max_position_embeddings=4096)),
+            with_prompts=lambda source, tokenizer, args: [
+                dict(question(i), index=None) for i in range(35)],
+            start_process_group=lambda: torch.device("cpu"), Verifier=contextlib.nullcontext,
+            load_engine=lambda *arguments: engine).items():
+        monkeypatch.setattr(conditions, name, value)
+
+    def run(folder, limit=None):
+        def limited(*arguments):
+            if limit is not None and len(asked) >= limit:
+                raise KeyboardInterrupt
+            return ask(*arguments)
+        monkeypatch.setattr(conditions, "ask", limited)
+        monkeypatch.setattr(sys, "argv", [
+            "generate_conditions.py", "--model", "x", "--data", "d", "--num_questions", "6",
+            "--sft_examples", "16", "--questions_per_round", "7", "--max_response_tokens", "640",
+            "--out", str(tmp_path / folder)])
+        conditions.main()
+        return {path.name: path.read_text() for path in (tmp_path / folder).rglob("*.jsonl")}
+
+    whole = run("whole")
+    # four of seven questions are in the band, with 7 pairs: rounds 0 and 1 hold 6 to study, and
+    # round 2 is for the pairs alone; the data's last two rounds are never asked for
+    assert len(asked) == (7 + 4 * 4) + (7 + 2 * 4 + 2 * 1) + (7 + 4)
+    rounds = {name for name in whole if name.startswith("round")}
+    assert rounds == {f"round_000{i}.jsonl" for i in range(3)}
+    rows = {name: [json.loads(line) for line in text.splitlines()] for name, text in whole.items()}
+    for context in conditions.CONTEXTS:
+        assert [r["index"] for r in rows[f"{context}.jsonl"][::8]] == [1, 2, 3, 5, 8, 9]
+        assert len(rows[f"{context}.jsonl"]) == 48
+    for name in ("d_ug.jsonl", "d_sg.jsonl"):
+        assert [r["index"] for r in rows[name]] == [
+            1, 3, 3, 3, 3, 5, 5, 8, 10, 10, 10, 10, 12, 12, 15, 17]
+    assert "6 questions of 21" in capsys.readouterr().out
+
+    asked.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run("cut", limit=30)  # within the second round
+    assert [p.name for p in (tmp_path / "cut/rounds").iterdir()] == ["round_0000.jsonl"]
+    assert not (tmp_path / "cut/d_ug.jsonl").exists()
+    asked.clear()
+    assert run("cut") == whole
+    assert len(asked) == (7 + 2 * 4 + 2 * 1) + (7 + 4)  # the first round is not asked again
+    asked.clear()
+    assert run("cut") == whole and not asked
+
+
+# ---------------------------------------------------------------------------------------- command
+
+
+def parse(*flags):
+    return conditions.parse_args(["--model", "x", *map(str, flags)])
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as caught:
+        conditions.parse_args(["--help"])
+    assert caught.value.code == 0 and "--sft_examples" in capsys.readouterr().out
+
+
+def test_scripts_start_without_vllm_and_transformers():  # all in one, since torch takes its time
+    code = ("import sys, grpo, sft_distill, generate_conditions; "
+            "assert not {'vllm', 'transformers'} & set(sys.modules)")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_defaults_are_the_papers():
+    sec_3_and_4 = dict(num_questions=100, samples=8, temperature=0.6, top_p=0.95, top_k=20,
+                       max_prompt_tokens=2048, max_response_tokens=32768, accuracy=[0.125, 0.5],
+                       sft_examples=800, data="dapo")
+    args = parse()
+    assert {name: getattr(args, name) for name in sec_3_and_4} == sec_3_and_4
+
+
+def refused(capsys, args, positions=131072):
+    with pytest.raises(SystemExit) as caught:
+        conditions.check_args(args, Namespace(max_position_embeddings=positions))
+    err = capsys.readouterr().err
+    assert caught.value.code == 2 and err.startswith("error: ") and len(err.splitlines()) == 1
+    return err
+
+
+@pytest.mark.parametrize("low, high", [(0, 0.5), (0.5, 0.125), (0.5, 1.5), (-1, 0.5), ("nan", 0.5)])
+def test_accuracy_has_bounds(capsys, low, high):
+    assert "--accuracy" in refused(capsys, parse("--accuracy", low, high))
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--temperature", 0], "--temperature"), (["--sft_examples", -1], "--sft_examples")])
+def test_other_limits(capsys, flags, said):
+    assert said in refused(capsys, parse(*flags))
+
+
+def test_a_context_needs_room_for_the_question_the_solution_and_an_answer(capsys):
+    longest = 2048 + 32768 + 1024
+    conditions.check_args(parse(), Namespace(max_position_embeddings=longest))
+    assert f"{longest - 1:,} positions of x" in refused(capsys, parse(), longest - 1)
+
+
+def test_a_folder_goes_on_as_it_was_begun(tmp_path, capsys):
+    flags, config = ["--out", tmp_path / "out"], Namespace(max_position_embeddings=131072)
+    conditions.check_args(parse(*flags), config)  # new
+    conditions.write_lines(tmp_path / "out/config.json", [vars(parse(*flags))])
+    conditions.check_args(parse(*flags), config)
+    err = refused(capsys, parse(*flags, "--seed", 1))
+    assert err.startswith(f"error: --seed 1: {tmp_path}/out was begun with 0")
+    assert "--accuracy [0.25, 0.5]" in refused(capsys, parse(*flags, "--accuracy", 0.25, 0.5))
+    assert "--model y" in refused(capsys, parse(*flags, "--model", "y"))
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--num_questions", "0"], "0 must be at least 1"),
+    (["--accuracy", "0.5"], "--accuracy"),
+    (["--data", "no/such.jsonl"], "no/such.jsonl"),
+    (["--data", "broken.jsonl"], "broken.jsonl, line 1"),
+    (["--max_response_tokens", "4000"], "4,096 positions"),
+    (["--model", "empty"], "--model empty"),
+    (["--nonsense"], "--nonsense"),
+])
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, flags, said):
+    (tmp_path / "good.jsonl").write_text(json.dumps(dict(problem="1+1?", answer="2")))
+    (tmp_path / "broken.jsonl").write_text("{not json\n")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [
+        "generate_conditions.py", "--model", str(ROOT / "toy/model"), "--data", "good.jsonl",
+        "--max_response_tokens", "64", *flags])  # of one given twice the last counts
+    went_on = "all of it was accepted"
+    monkeypatch.setattr(conditions, "start_process_group", lambda: pytest.fail(went_on))
+    with pytest.raises(SystemExit) as caught:
+        conditions.main()
+    err = capsys.readouterr().err
+    assert caught.value.code == 2 and said in err and len(err.splitlines()) == 1, err
+    assert not (tmp_path / "runs").exists()

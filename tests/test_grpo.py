@@ -1,0 +1,407 @@
+"""grpo.py: advantages, loss, batches, questions, against brute force. No vLLM, only the toy."""
+import collections
+import itertools
+import json
+import math
+import multiprocessing
+import random
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import grpo
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+# Ranks come from a server that has imported once: torch forbids backward in forks of this process.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch", "transformers.models.qwen3.modeling_qwen3"])
+
+
+def ppo(now, before, advantage):
+    """(loss of one token, what holds it), case by case; a plain number has no gradient."""
+    ratio = (now - before).exp()
+    if advantage > 0 and ratio > 1.28:
+        return -advantage * 1.28, "upper"
+    if advantage < 0 and ratio < 0.8:
+        return -advantage * 0.8, "lower"
+    if advantage < 0 and ratio > 3:
+        return -advantage * 3.0, "dual"
+    return -advantage * ratio, None
+
+
+def test_policy_loss_case_by_case():
+    ratios = [1e-8, 0.5, 0.79, 0.81, 1.0, 1.27, 1.29, 2.9, 3.1, 100.0, math.exp(20) * 0.99]
+    rows = list(itertools.product(ratios, [0.875, 0.125, 0.0, -0.125, -0.875]))
+    before = torch.randn(len(rows), dtype=torch.float64)
+    now = before + torch.tensor([math.log(ratio) for ratio, _ in rows], dtype=torch.float64)
+    now.requires_grad_(True)
+    advantages = torch.tensor([a for _, a in rows], dtype=torch.float64)
+    loss, clipped = grpo.policy_loss(now, before, advantages, 0.2, 0.28)
+    (gradient,) = torch.autograd.grad(loss.sum(), now)
+    seen = collections.Counter()
+    for i, (ratio, advantage) in enumerate(rows):
+        x = now[i].detach().requires_grad_(True)
+        want, why = ppo(x, before[i], advantage)
+        value = want.item() if torch.is_tensor(want) else want
+        assert loss[i].item() == pytest.approx(value, rel=1e-12), rows[i]
+        assert clipped[i].item() == (why is not None), rows[i]
+        if why or not advantage:
+            assert gradient[i] == 0, rows[i]
+        else:
+            (wanted,) = torch.autograd.grad(want, x)
+            assert gradient[i].item() == pytest.approx(wanted.item(), rel=1e-9) != 0, rows[i]
+        seen[why] += 1
+    assert seen == {"upper": 10, "lower": 6, "dual": 6, None: 33}
+
+
+def test_policy_loss_stays_finite_far_away():
+    now = torch.tensor([500.0, -500.0, 500.0, -500.0], requires_grad=True)
+    loss, _ = grpo.policy_loss(now, torch.zeros(4), torch.tensor([1.0, 1.0, -1.0, -1.0]), 0.2, 0.28)
+    loss.sum().backward()
+    assert loss.tolist() == pytest.approx([-1.28, -math.exp(-20), 3.0, 0.8])
+    assert now.grad.tolist() == [0, 0, 0, 0]
+
+
+def test_advantages_are_the_distance_from_the_groups_mean():
+    assert grpo.group_advantages([1.0, 0.0, 0.0, 0.0]) == [0.75, -0.25, -0.25, -0.25]
+    one, four = (grpo.group_advantages([1.0] * k + [0.0] * (8 - k)) for k in (1, 4))
+    assert one == [0.875] + [-0.125] * 7 and four == [0.5] * 4 + [-0.5] * 4  # no deviation divides
+    # exactly 0, or the group would be computed: three of three and seven of seven too
+    assert all(grpo.group_advantages([r] * n) == [0] * n for r in (0.0, 1.0) for n in (1, 3, 7, 8))
+
+
+def rollout(row=0, advantage=0.0, prompt=(1, 2), response=(3,), logprobs=None):
+    logprobs = np.full(len(response), -1.0, np.float32) if logprobs is None else logprobs
+    return grpo.Rollout(row, list(prompt), list(response), logprobs, "", True, advantage=advantage)
+
+
+def test_loss_weights_count_sequences_without_signal():
+    batch = [rollout(0, 0.5, response=[1] * 2), rollout(0, -0.5, response=[1] * 5),
+             rollout(1, 0.0, response=[1] * 7)]
+    weights = grpo.loss_weights(batch, "sequence")
+    assert [weights[id(r)] for r in batch] == [1 / 6, 1 / 15, 1 / 21]
+    weights = grpo.loss_weights(batch, "token")
+    assert [weights[id(r)] for r in batch] == [1 / 14] * 3
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_chunked_equals_naive_in_value_and_gradient(monkeypatch, temperature):
+    torch.manual_seed(0)
+    head = torch.nn.Linear(16, 50, bias=False)
+    hidden, targets = torch.randn(37, 16, requires_grad=True), torch.randint(50, (37,))
+    leaves, weight = [hidden, head.weight], torch.linspace(0, 1, 37)
+    naive = (head(hidden) / temperature).log_softmax(-1)[range(37), targets]
+    wanted = torch.autograd.grad((naive * weight).sum(), leaves)
+    for size in (5, 37, 1000):
+        monkeypatch.setattr(grpo, "CHUNK", size)
+        got = grpo.token_logprobs(hidden, head, targets, temperature)
+        torch.testing.assert_close(got, naive, atol=1e-6, rtol=1e-5)
+        for g, w in zip(torch.autograd.grad((got * weight).sum(), leaves), wanted):
+            torch.testing.assert_close(g, w, atol=1e-6, rtol=1e-5)
+
+
+# --------------------------------------------------------------- the whole loss, on 1 and 2 ranks
+
+CASES = [  # loss_mean, whether the weights have moved since the step's start, rollouts with signal
+    ("sequence", False, 21), ("sequence", True, 21), ("token", True, 21),
+    ("sequence", False, 1), ("token", True, 1),  # the second rank's hand is empty
+]
+
+
+def toy():
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(ROOT / "toy/model", dtype=torch.float32)
+
+
+def make_case(case):
+    """(student, mini-batch, old) of one of CASES: the same in every process."""
+    loss_mean, moved, signals = CASES[case]
+    args = Namespace(temperature=0.7, clip_low=0.2, clip_high=0.28, loss_mean=loss_mean,
+                     tokens_per_micro_batch=200)
+    rng = random.Random(case)
+
+    def draw(n):
+        return [rng.randrange(5, 400) for _ in range(n)]
+
+    def shake(logprobs, size):
+        return logprobs + torch.tensor([rng.uniform(-size, size) for _ in logprobs])
+
+    student = grpo.Student(toy(), args, CPU)
+    batch = [rollout(i, rng.choice([-0.875, -0.5, 0.5, 0.875]) if i < signals else 0.0,
+                     draw(rng.randint(2, 9)), draw(rng.randint(20, 60)))
+             for i in range(signals + 4)]
+    old = grpo.trainer_logprobs(student, batch)
+    if moved:  # far enough for both clips, and for the dual one
+        old = {id(r): shake(old[id(r)], 1.5) for r in batch}
+    for r in batch:  # far enough for the importance weight's cut
+        r.logprobs = shake(old[id(r)], 1.2).numpy()
+    return student, batch, old if moved else None
+
+
+def job(rank, world_size, folder):
+    """The gradients of all CASES on one of the ranks; the first one writes them down."""
+    torch.set_num_threads(1)
+    grpo.dist.init_process_group("gloo", init_method=f"file://{folder}/{world_size}_ranks_meet",
+                                 rank=rank, world_size=world_size)
+    results = []
+    for case in range(len(CASES)):
+        student, batch, old = make_case(case)
+        hands = grpo.deal([r for r in batch if r.advantage], world_size)
+        if old:  # as update() gives it: of its own hand alone
+            old = {id(r): old[id(r)] for r in hands[rank]}
+        ddp = torch.nn.parallel.DistributedDataParallel(student)
+        stats = grpo.backward(ddp, batch, hands[rank], old)
+        results.append(dict(
+            {key: sum(s[key] for s in stats) for key in ("loss", "tokens", "gap", "clipped")},
+            grads={name: p.grad for name, p in student.model.named_parameters()},
+            counts=[len(grpo.micro_batches(hand, 200)) for hand in hands]))
+    if rank == 0:
+        torch.save(results, folder / f"{world_size}.pt")
+    grpo.dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def gradients(tmp_path_factory):
+    """{number of ranks: results of CASES}."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for world_size in (1, 2):
+        ranks = [FORKS.Process(target=job, args=(rank, world_size, folder), daemon=True)
+                 for rank in range(world_size)]
+        for p in ranks:
+            p.start()
+        for p in ranks:
+            p.join(timeout=300)
+        assert [p.exitcode for p in ranks] == [0] * world_size
+    return {n: torch.load(folder / f"{n}.pt") for n in (1, 2)}
+
+
+def assert_same_gradient(got, wanted):
+    scale = max(g.abs().max() for g in wanted.values())
+    assert scale > 0 and got.keys() == wanted.keys()
+    for name, g in wanted.items():
+        assert (got[name] - g).abs().max() <= 2e-5 * scale, name
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_one_rank_gives_the_gradient_of_brute_force(gradients, case):
+    loss_mean, moved, _ = CASES[case]
+    student, batch, old = make_case(case)
+    model, total, tokens, gap = student.model, 0.0, 0, 0.0
+    seen = collections.Counter()
+    for r in batch:  # alone, all logits at once, a token at a time, zero advantages too
+        logits = model(input_ids=torch.tensor([r.prompt_ids + r.response_ids])).logits[0]
+        logprobs = (logits / 0.7).log_softmax(-1)
+        weight = (1 / len(batch) / len(r.response_ids) if loss_mean == "sequence"
+                  else 1 / sum(len(other.response_ids) for other in batch))
+        for t, y in enumerate(r.response_ids):
+            now = logprobs[len(r.prompt_ids) + t - 1, y]
+            before = old[id(r)][t].item() if moved else now.item()
+            loss, why = ppo(now, before, r.advantage)
+            correction = min(math.exp(before - float(r.logprobs[t])), 2.0)
+            total = total + loss * correction * weight
+            if r.advantage:
+                tokens, gap = tokens + 1, gap + abs(before - float(r.logprobs[t]))
+                seen.update([why, "truncated" if correction == 2 else None])
+                seen["either"] += why is not None or correction == 2
+    total.backward()
+    one = gradients[1][case]
+    assert one["loss"] == pytest.approx(total.item(), rel=1e-4, abs=1e-6)
+    assert (one["tokens"], one["clipped"]) == (tokens, seen["either"])
+    assert one["gap"] == pytest.approx(gap, rel=1e-4)
+    assert_same_gradient(one["grads"], {n: p.grad for n, p in model.named_parameters()})
+    if case < 3:  # whatever can hold a token back does so somewhere
+        assert seen["truncated"] and (not moved or seen["upper"] and seen["lower"] and seen["dual"])
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_two_ranks_give_the_gradient_of_one(gradients, case):
+    one, two = gradients[1][case], gradients[2][case]
+    assert two["counts"][0] != two["counts"][1]  # unequal numbers of micro-batches, as intended
+    assert case < 3 or 0 in two["counts"]
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-5, abs=1e-7)
+    assert (two["tokens"], two["clipped"]) == (one["tokens"], one["clipped"])
+    assert_same_gradient(two["grads"], one["grads"])
+
+
+# -------------------------------------------------------------------------------- rollout, update
+
+
+@pytest.fixture
+def alone():
+    """A process group of one."""
+    grpo.dist.init_process_group("gloo", store=grpo.dist.HashStore(), rank=0, world_size=1)
+    yield
+    grpo.dist.destroy_process_group()
+
+
+def test_every_group_is_compared_with_itself(monkeypatch):
+    def generate(llm, questions, n, seed, max_tokens, temperature):
+        return [[rollout() for _ in range(n)] for _ in questions]
+
+    def mark(verifier, groups, questions):
+        rollouts = [r for group in groups for r in group]
+        for r, reward in zip(rollouts, [1.0, 0.0, 0.0, 0.0] + [1.0] * 4):
+            r.reward = reward
+        return rollouts
+
+    monkeypatch.setattr(grpo, "generate", generate)
+    monkeypatch.setattr(grpo, "mark", mark)
+    args = Namespace(rollouts=4, seed=0, max_response_tokens=8, temperature=1.0)
+    rollouts = grpo.sample_groups(None, None, [{}, {}], 6, 1, args)
+    assert [r.row for r in rollouts] == [6] * 4 + [7] * 4
+    assert [r.advantage for r in rollouts] == [0.75, -0.25, -0.25, -0.25, 0, 0, 0, 0]
+
+
+def learner(lr):
+    """(ddp, optimizer, the rollouts of which the model has been asked, in this order)."""
+    args = Namespace(temperature=1.0, clip_low=0.2, clip_high=0.28, loss_mean="sequence",
+                     tokens_per_micro_batch=200, questions_per_step=4, minibatch_questions=2)
+    student, asked = grpo.Student(toy(), args, CPU), []
+    student.register_forward_pre_hook(lambda module, inputs: asked.extend(inputs[0]))
+    ddp = torch.nn.parallel.DistributedDataParallel(student)
+    return ddp, torch.optim.AdamW(student.parameters(), lr=lr), asked
+
+
+def sampled(ddp, advantages):
+    """A group of two a question, with the trainer's own log-probabilities: the engine is fresh."""
+    rng = random.Random(0)
+    batch = [rollout(row, a, [5, 6, 7], [rng.randrange(5, 400) for _ in range(12)])
+             for row, pair in enumerate(advantages) for a in pair]
+    for r, logprobs in zip(batch, grpo.trainer_logprobs(ddp.module, batch).values()):
+        r.logprobs = logprobs.numpy()
+    return batch
+
+
+def test_update_without_signal_computes_nothing(alone):
+    ddp, optimizer, asked = learner(lr=1e-2)
+    batch = sampled(ddp, [(0.0, 0.0)] * 4)
+    before = [p.detach().clone() for p in ddp.parameters()]
+    asked.clear()
+    metrics = grpo.update(ddp, optimizer, batch)
+    assert not asked and not optimizer.state
+    assert all(map(torch.equal, before, ddp.parameters()))
+    assert metrics["updates"] == metrics["loss"] == metrics["mismatch"] == metrics["clipped"] == 0
+
+
+def test_update_without_signal_has_trained_on_no_token(alone):
+    ddp, optimizer, _ = learner(lr=1e-2)
+    assert grpo.update(ddp, optimizer, sampled(ddp, [(0.0, 0.0)] * 4))["trained_tokens"] == 0
+
+
+def test_update_computes_only_groups_with_signal(alone):
+    ddp, optimizer, asked = learner(lr=1e-2)
+    batch = sampled(ddp, [(0.0, 0.0), (0.0, 0.0), (0.5, -0.5), (0.0, 0.0)])
+    asked.clear()
+    metrics = grpo.update(ddp, optimizer, batch)
+    assert sorted(map(id, asked)) == sorted(map(id, batch[4:6]))
+    assert metrics["updates"] == 1 and metrics["trained_tokens"] == 24 and optimizer.state
+
+
+def test_second_mini_batch_remembers_the_steps_start(alone):
+    ddp, optimizer, asked = learner(lr=1e-2)
+    batch = sampled(ddp, [(0.5, -0.5)] * 4)
+    asked.clear()
+    metrics = grpo.update(ddp, optimizer, batch)
+    order = [batch.index(r) // 4 for r in asked]
+    assert order == [1] * 4 + [0] * 4 + [1] * 4  # the second before anything moves, then as trained
+    # the engine agrees with the start; with the weights after one update it would not, by far
+    assert metrics["updates"] == 2 and metrics["mismatch"] < 1e-5 and metrics["clipped"] > 0.1
+    moved = grpo.trainer_logprobs(ddp.module, batch)
+    assert max(np.abs(moved[id(r)].numpy() - r.logprobs).max() for r in batch) > 0.1
+
+
+def test_a_gradient_that_is_not_finite_is_left_out(alone):
+    ddp, optimizer, _ = learner(lr=1e-2)
+    batch = sampled(ddp, [(0.5, math.nan), (0.5, -0.5), (0.5, -0.5), (0.0, 0.0)])
+    assert grpo.update(ddp, optimizer, batch)["updates"] == 1
+    assert all(p.isfinite().all() for p in ddp.parameters())
+
+
+# ---------------------------------------------------------------------------------- the questions
+
+
+def test_question_sets_are_nested_and_by_seed(capsys):
+    questions = list(range(100))
+    sets = [grpo.choose_questions(questions, n, 0) for n in (1, 8, 64, 100)]
+    assert [len(set(s)) for s in sets] == [1, 8, 64, 100]
+    assert all(small == large[: len(small)] for small, large in itertools.pairwise(sets))
+    assert grpo.choose_questions(questions, 8, 0) == sets[1]
+    assert grpo.choose_questions(questions, 8, 1) != sets[1]
+    assert grpo.choose_questions(questions, None, 0) == questions
+    with pytest.raises(SystemExit) as caught:
+        grpo.choose_questions(questions, 101, 0)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: --num_questions 101: the data has 100\n"
+
+
+def test_a_small_set_repeats_evenly_within_a_step():
+    for size in (1, 8, 64):
+        stream = grpo.question_stream(list(range(size)), seed=3)
+        for _ in range(3):
+            step = collections.Counter(itertools.islice(stream, 64))
+            assert step == {question: 64 // size for question in range(size)}
+
+
+def test_epochs_are_complete_and_differ():
+    stream = grpo.question_stream(list(range(10)), seed=0)
+    epochs = [list(itertools.islice(stream, 10)) for _ in range(3)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 3
+    again, other = (list(itertools.islice(grpo.question_stream(list(range(10)), seed), 10))
+                    for seed in (0, 1))
+    assert again == epochs[0] != other
+
+
+# ---------------------------------------------------------------------------------------- command
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as caught:
+        grpo.parse_args(["--help"])
+    assert caught.value.code == 0 and "--clip_high" in capsys.readouterr().out
+
+
+def test_defaults_are_the_papers():
+    args = grpo.parse_args(["--model", "x"])
+    table_8_and_9 = dict(
+        max_prompt_tokens=2048, max_response_tokens=20480, questions_per_step=256,
+        minibatch_questions=128, rollouts=8, temperature=1.0, warmup_steps=10, lr=1e-6,
+        clip_low=0.2, clip_high=0.28)
+    assert {name: getattr(args, name) for name in table_8_and_9} == table_8_and_9
+    cut = grpo.importance_weight(torch.tensor([3.0, 0.5]), torch.zeros(2))
+    assert cut.tolist() == pytest.approx([2.0, math.exp(0.5)])  # "Rollout IS clip 2"
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--clip_low", "2"], "--clip_low 2.0 must lie between 0 and 1"),
+    (["--clip_high", "-0.1"], "--clip_high -0.1"),
+    (["--num_questions", "5"], "--num_questions 5: the data has 1"),
+    (["--num_questions", "0"], "0 must be at least 1"),
+    (["--loss_mean", "median"], "--loss_mean"),
+    (["--temperature", "0"], "--temperature"),
+    (["--minibatch_questions", "100"], "--minibatch_questions 100 does not divide"),
+    (["--eval_data", "good.jsonl", "good.parquet"], "two benchmarks have one name (good good)"),
+    (["--run_dir", "full"], "--run_dir full already holds results"),
+    (["--max_response_tokens", "9999"], "positions"),
+])
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, flags, said):
+    (tmp_path / "good.jsonl").write_text(json.dumps(dict(problem="1+1?", answer="2")))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/metrics.jsonl").write_text("precious")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [
+        "grpo.py", "--model", str(ROOT / "toy/model"), "--data", "good.jsonl", "--eval_data",
+        "good.jsonl", "--max_response_tokens", "64", *flags])  # of one given twice the last counts
+    monkeypatch.setattr(grpo, "start_process_group", lambda: pytest.fail("all of it was accepted"))
+    with pytest.raises(SystemExit) as caught:
+        grpo.main()
+    err = capsys.readouterr().err
+    assert caught.value.code == 2 and said in err and len(err.splitlines()) == 1, err
+    assert (tmp_path / "full/metrics.jsonl").read_text() == "precious"
+    assert not (tmp_path / "runs").exists()
