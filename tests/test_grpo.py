@@ -144,11 +144,11 @@ def make_case(case):
     return student, batch, old if moved else None
 
 
-def job(rank, world_size, folder):
+def job(rank, world_size, port, folder):
     """The gradients of all CASES on one of the ranks; the first one writes them down."""
     torch.set_num_threads(1)
-    grpo.dist.init_process_group("gloo", init_method=f"file://{folder}/{world_size}_ranks_meet",
-                                 rank=rank, world_size=world_size)
+    store = grpo.dist.TCPStore("127.0.0.1", port)
+    grpo.dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     results = []
     for case in range(len(CASES)):
         student, batch, old = make_case(case)
@@ -171,7 +171,8 @@ def gradients(tmp_path_factory):
     """{number of ranks: results of CASES}."""
     folder = tmp_path_factory.mktemp("ranks")
     for world_size in (1, 2):
-        ranks = [FORKS.Process(target=job, args=(rank, world_size, folder), daemon=True)
+        store = grpo.dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        ranks = [FORKS.Process(target=job, args=(rank, world_size, store.port, folder), daemon=True)
                  for rank in range(world_size)]
         for p in ranks:
             p.start()

@@ -259,12 +259,11 @@ def test_end_token_counts_and_only_for_itself(alone):
 SIZES = [24, 1]  # examples in the mini-batch: with one, the second rank's hand is empty
 
 
-def job(rank, world_size, folder):
+def job(rank, world_size, port, folder):
     """The gradients of batches of all SIZES on one of the ranks; the first one writes them down."""
     torch.set_num_threads(1)
-    sft_distill.dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/{world_size}_ranks_meet", rank=rank,
-        world_size=world_size)
+    store = sft_distill.dist.TCPStore("127.0.0.1", port)
+    sft_distill.dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     results = []
     for size in SIZES:
         batch, ddp = make_batch(size), wrap(200)
@@ -279,8 +278,9 @@ def job(rank, world_size, folder):
 
 def test_two_ranks_give_the_gradient_of_one(tmp_path):
     for world_size in (1, 2):
-        ranks = [FORKS.Process(target=job, args=(rank, world_size, tmp_path), daemon=True)
-                 for rank in range(world_size)]
+        store = sft_distill.dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        ranks = [FORKS.Process(target=job, args=(rank, world_size, store.port, tmp_path),
+                               daemon=True) for rank in range(world_size)]
         for p in ranks:
             p.start()
         for p in ranks:

@@ -1,6 +1,7 @@
 """Pretrain the toy model from scratch on the traces of problems.py.
 
-    python toy/pretrain.py          # about 13 minutes on two cores; writes toy/model
+    python toy/pretrain.py --out runs/toy                                  # 14 minutes on two cores
+    python toy/pretrain.py --init runs/toy --steps 400 --seed 1            # 4 more; writes toy/model
 
 An ordinary supervised loop: AdamW, linear decay, loss on the answer only, bf16 autocast. The result
 is a plain Hugging Face folder: a Qwen3 of 1M parameters with float16 weights (2 MB), *untied*
@@ -86,6 +87,7 @@ def batch(rng, tokenizer, size):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default=str(Path(__file__).parent / "model"))
+    parser.add_argument("--init", help="a folder that this wrote, to go on from")
     parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--batch", type=int, default=32, help="examples a step, an even number")
     parser.add_argument("--lr", type=float, default=3e-3)
@@ -93,14 +95,18 @@ def main():
     args = parser.parse_args()
     rng = random.Random(args.seed)
     torch.manual_seed(args.seed)
-    tokenizer = make_tokenizer(rng)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=4, head_dim=32, max_position_embeddings=4096,
-        tie_word_embeddings=False, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = Qwen3ForCausalLM(config)
+    if args.init:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.init)
+        model = Qwen3ForCausalLM.from_pretrained(args.init, dtype=torch.float32)
+    else:
+        tokenizer = make_tokenizer(rng)
+        config = Qwen3Config(
+            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=4, head_dim=32, max_position_embeddings=4096,
+            tie_word_embeddings=False, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        model = Qwen3ForCausalLM(config)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
     # "Wait," or "Check.": to stop or not is one token in twenty, and the last thing that is learned
     decisions = torch.tensor([tokenizer.convert_tokens_to_ids(f"Ġ{w}") for w in ("Wait", "Check")])

@@ -5,8 +5,8 @@ steps and nobody can guess it in one, so a model that *searches aloud* is right 
 announces an answer is not. The difficulty is the length of the search, x + 1 tries.
 
     split   answer    what it stands for
-    in      4 .. 12   the questions that are trained on (train.jsonl) and fresh ones like them
-    ood    13 .. 21   AIME-like: longer searches than any that training shows
+    in      2 .. 8    the questions that are trained on (train.jsonl) and fresh ones like them
+    ood     9 .. 15   AIME-like: longer searches than any that training shows
 
     python toy/problems.py          # writes toy/data/{train,in,ood}.jsonl, seeded; no question twice
 """
@@ -18,7 +18,7 @@ import random
 from pathlib import Path
 
 MODULI = (11, 22)  # of every split: the arithmetic is the same, and pretraining has seen it
-SPLITS = {"in": (4, 12), "ood": (13, 21)}
+SPLITS = {"in": (2, 8), "ood": (9, 15)}
 INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 CLOSE = "Correctly solve the original question."
@@ -120,7 +120,7 @@ def row(problem, index, split):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default=str(Path(__file__).parent / "data"))
-    parser.add_argument("--train", type=int, default=2000, help="questions in train.jsonl")
+    parser.add_argument("--train", type=int, default=1200, help="questions in train.jsonl")
     parser.add_argument("--eval", type=int, default=200, help="questions in each of the others")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
