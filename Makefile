@@ -9,7 +9,7 @@ QUIET := PYTHONWARNINGS=ignore TORCH_CPP_LOG_LEVEL=ERROR
 OUT := runs/demo
 SEED := 0
 STEPS := 20
-TOY := --model toy/model --max_response_tokens 640 --seed $(SEED)
+TOY := --model toy/model --max_response_tokens 400 --seed $(SEED)
 EVAL := --eval_data toy/data/in.jsonl toy/data/ood.jsonl --eval_every 5
 TRAIN := $(TOY) $(EVAL) --data toy/data/train.jsonl --questions_per_step 16 \
     --minibatch_questions 16 --steps $(STEPS) --warmup_steps 5 --save_every $(STEPS) \

@@ -157,8 +157,9 @@ def load_examples(path, tokenizer, args):
             row = json.loads(line)
             prompt, response = row["prompt"], row["response"]
             messages = [dict(role="user", content=prompt)] if isinstance(prompt, str) else prompt
-            if not isinstance(response, str) or not response.strip():
-                raise ValueError("the response is no text")
+            texts = [response, *(m[key] for m in messages for key in ("role", "content"))]
+            if len(texts) < 3 or not all(isinstance(t, str) and t.strip() for t in texts):
+                raise ValueError("empty, or no text")
             prompt_ids = render(tokenizer, messages, args.enable_thinking)
         except Exception as error:  # no JSON, no object, no such key, what a template objects to
             fail(f"--data {path}, line {number}: needs a prompt and a response ({error!r})")

@@ -144,23 +144,26 @@ def make_case(case):
     return student, batch, old if moved else None
 
 
-def job(rank, world_size, port, folder):
-    """The gradients of all CASES on one of the ranks; the first one writes them down."""
+def measure(case, rank, world_size):
+    """The gradient of one of CASES, and what backward() says of it."""
+    student, batch, old = make_case(case)
+    hands = grpo.deal([r for r in batch if r.advantage], world_size)
+    if old:  # as update() gives it: of its own hand alone
+        old = {id(r): old[id(r)] for r in hands[rank]}
+    ddp = torch.nn.parallel.DistributedDataParallel(student)
+    stats = grpo.backward(ddp, batch, hands[rank], old)
+    return dict({key: sum(s[key] for s in stats) for key in ("loss", "tokens", "gap", "clipped")},
+                grads={name: p.grad for name, p in student.model.named_parameters()},
+                counts=[len(grpo.micro_batches(hand, 200)) for hand in hands])
+
+
+def job(rank, world_size, folder):
+    """Measures all CASES as one of the ranks; the first one writes it down."""
     torch.set_num_threads(1)
-    store = grpo.dist.TCPStore("127.0.0.1", port)
-    grpo.dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-    results = []
-    for case in range(len(CASES)):
-        student, batch, old = make_case(case)
-        hands = grpo.deal([r for r in batch if r.advantage], world_size)
-        if old:  # as update() gives it: of its own hand alone
-            old = {id(r): old[id(r)] for r in hands[rank]}
-        ddp = torch.nn.parallel.DistributedDataParallel(student)
-        stats = grpo.backward(ddp, batch, hands[rank], old)
-        results.append(dict(
-            {key: sum(s[key] for s in stats) for key in ("loss", "tokens", "gap", "clipped")},
-            grads={name: p.grad for name, p in student.model.named_parameters()},
-            counts=[len(grpo.micro_batches(hand, 200)) for hand in hands]))
+    grpo.dist.init_process_group("gloo", init_method=f"file://{folder}/{world_size}_ranks_meet",
+                                 rank=rank, world_size=world_size)
+    # DDP goes before the group: else it holds Python and waits for gloo, which waits for Python
+    results = [measure(case, rank, world_size) for case in range(len(CASES))]
     if rank == 0:
         torch.save(results, folder / f"{world_size}.pt")
     grpo.dist.destroy_process_group()
@@ -171,8 +174,7 @@ def gradients(tmp_path_factory):
     """{number of ranks: results of CASES}."""
     folder = tmp_path_factory.mktemp("ranks")
     for world_size in (1, 2):
-        store = grpo.dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        ranks = [FORKS.Process(target=job, args=(rank, world_size, store.port, folder), daemon=True)
+        ranks = [FORKS.Process(target=job, args=(rank, world_size, folder), daemon=True)
                  for rank in range(world_size)]
         for p in ranks:
             p.start()

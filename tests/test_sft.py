@@ -259,18 +259,23 @@ def test_end_token_counts_and_only_for_itself(alone):
 SIZES = [24, 1]  # examples in the mini-batch: with one, the second rank's hand is empty
 
 
-def job(rank, world_size, port, folder):
-    """The gradients of batches of all SIZES on one of the ranks; the first one writes them down."""
+def measure(size, rank, world_size):
+    """The gradient and the loss of a mini-batch, and how it was split."""
+    batch, ddp = make_batch(size), wrap(200)
+    hands = sft_distill.deal(batch, world_size)
+    loss = sft_distill.backward(ddp, batch, hands[rank])
+    return dict(loss=loss, grads=gradient(ddp.module.model),
+                counts=[len(sft_distill.micro_batches(hand, 200)) for hand in hands])
+
+
+def job(rank, world_size, folder):
+    """Measures mini-batches of all SIZES as one of the ranks; the first one writes it down."""
     torch.set_num_threads(1)
-    store = sft_distill.dist.TCPStore("127.0.0.1", port)
-    sft_distill.dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-    results = []
-    for size in SIZES:
-        batch, ddp = make_batch(size), wrap(200)
-        hands = sft_distill.deal(batch, world_size)
-        loss = sft_distill.backward(ddp, batch, hands[rank])
-        results.append(dict(loss=loss, grads=gradient(ddp.module.model),
-                            counts=[len(sft_distill.micro_batches(hand, 200)) for hand in hands]))
+    sft_distill.dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/{world_size}_ranks_meet", rank=rank,
+        world_size=world_size)
+    # DDP goes before the group: else it holds Python and waits for gloo, which waits for Python
+    results = [measure(size, rank, world_size) for size in SIZES]
     if rank == 0:
         torch.save(results, folder / f"{world_size}.pt")
     sft_distill.dist.destroy_process_group()
@@ -278,9 +283,8 @@ def job(rank, world_size, port, folder):
 
 def test_two_ranks_give_the_gradient_of_one(tmp_path):
     for world_size in (1, 2):
-        store = sft_distill.dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        ranks = [FORKS.Process(target=job, args=(rank, world_size, store.port, tmp_path),
-                               daemon=True) for rank in range(world_size)]
+        ranks = [FORKS.Process(target=job, args=(rank, world_size, tmp_path), daemon=True)
+                 for rank in range(world_size)]
         for p in ranks:
             p.start()
         for p in ranks:

@@ -5,8 +5,8 @@ steps and nobody can guess it in one, so a model that *searches aloud* is right 
 announces an answer is not. The difficulty is the length of the search, x + 1 tries.
 
     split   answer    what it stands for
-    in      2 .. 8    the questions that are trained on (train.jsonl) and fresh ones like them
-    ood     9 .. 15   AIME-like: longer searches than any that training shows
+    in      4 .. 10   the questions that are trained on (train.jsonl) and fresh ones like them
+    ood    11 .. 17   AIME-like: longer searches than any that training shows
 
     python toy/problems.py          # writes toy/data/{train,in,ood}.jsonl, seeded; no question twice
 """
@@ -18,7 +18,7 @@ import random
 from pathlib import Path
 
 MODULI = (11, 22)  # of every split: the arithmetic is the same, and pretraining has seen it
-SPLITS = {"in": (2, 8), "ood": (9, 15)}
+SPLITS = {"in": (4, 10), "ood": (11, 17)}
 INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 CLOSE = "Correctly solve the original question."
@@ -33,10 +33,10 @@ CLOSE_UNCERTAIN = (  # App. C
 # Table 1's ordering (1) > (3) > (4) > (2). What distillation then does to accuracy is measured.
 STYLE = {
     "unguided": (0.0, 0.0),
-    "without_think": (0.3, 0.04),
-    "uncertain": (0.55, 0.12),  # App. C's prompt, asked with a full solution
-    "regenerated": (0.7, 0.2),
-    "full": (0.9, 0.3),
+    "without_think": (0.35, 0.03),
+    "uncertain": (0.55, 0.06),  # App. C's prompt, asked with a full solution
+    "regenerated": (0.7, 0.1),
+    "full": (0.9, 0.2),
 }
 
 
@@ -92,7 +92,7 @@ def pretraining_example(rng, low, high):
     """(user message, answer): a problem under one of the contexts of Sec. 3 and App. C."""
     problem = make_problem(rng, low, high)
     prompt = question(problem) + INSTRUCTION
-    style = rng.choices(list(STYLE), [10, 2, 2, 2, 3])[0]
+    style = rng.choices(list(STYLE), [14, 2, 2, 2, 3])[0]
     if style == "unguided":
         return prompt, trace(rng, problem, style)
     solution = trace(rng, problem, "unguided")
