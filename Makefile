@@ -16,7 +16,7 @@ TRAIN := $(TOY) $(EVAL) --data toy/data/train.jsonl --questions_per_step 16 \
     --tokens_per_micro_batch 8192
 ended = $(1:%=$(OUT)/%/checkpoints/step_$(STEPS))
 # |D| = 512, of which 20 steps of 16 see each question at most once
-grpo := grpo.py --num_questions 512 --lr 1.5e-4
+grpo := grpo.py --num_questions 512 --lr 1e-4
 sdpo := sdpo.py --num_questions 512 --lr 3e-4
 sdpo_without_think := $(sdpo) --demonstration without_think
 sdpo_ema := $(sdpo) --ema 0.05

@@ -377,7 +377,8 @@ def backward(ddp, minibatch, hand, old):
         # DDP's all-reduce comes once, with the last micro-batch; ranks may differ in their number
         with contextlib.nullcontext() if i == len(batches) - 1 else ddp.no_sync():
             logprobs = ddp(micro)
-            before = logprobs.detach() if old is None else torch.cat([old[id(r)] for r in micro])
+            moved = old is not None and hand  # `old` knows this rank's hand, and no other rollout
+            before = torch.cat([old[id(r)] for r in micro]) if moved else logprobs.detach()
             loss, clipped = policy_loss(logprobs, before, advantage, args.clip_low, args.clip_high)
             correction = importance_weight(before, vllm)
             loss = (loss * correction * weight).sum()
@@ -419,12 +420,12 @@ def update(ddp, optimizer, rollouts):
         norms.append(torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0).item())  # Table 8
         if math.isfinite(norms[-1]):
             optimizer.step()
-    tokens = max(1, sum(s["tokens"] for s in stats))
+    tokens = sum(s["tokens"] for s in stats)
     return dict(loss=sum(s["loss"] for s in stats) / max(1, len(norms)),
                 grad_norm=sum(norms) / max(1, len(norms)),
-                mismatch=sum(s["gap"] for s in stats) / tokens,
+                mismatch=sum(s["gap"] for s in stats) / max(1, tokens),
                 mismatch_max=max((s["gap_max"] for s in stats), default=0.0),
-                clipped=sum(s["clipped"] for s in stats) / tokens,
+                clipped=sum(s["clipped"] for s in stats) / max(1, tokens),
                 updates=sum(map(math.isfinite, norms)), trained_tokens=tokens)
 
 # --- run -----------------------------------------------------------------------------------------

@@ -442,7 +442,8 @@ def backward(ddp, teacher, minibatch, hand, old):
         # DDP's all-reduce comes once, with the last micro-batch; ranks may differ in their number
         with contextlib.nullcontext() if i == len(batches) - 1 else ddp.no_sync():
             loss, logprobs = ddp(micro, teacher)
-            before = logprobs.detach() if old is None else torch.cat([old[id(r)] for r in micro])
+            moved = old is not None and hand  # `old` knows this rank's hand, and no other rollout
+            before = torch.cat([old[id(r)] for r in micro]) if moved else logprobs.detach()
             ratio, correction = importance_weight(logprobs, before), importance_weight(before, vllm)
             loss = (loss * ratio * correction * weight).sum()
             (loss * dist.get_world_size()).backward()  # DDP takes the mean of what is a sum
@@ -483,12 +484,12 @@ def update(ddp, teacher, optimizer, rollouts):
         norms.append(torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0).item())  # Table 8
         if math.isfinite(norms[-1]):
             optimizer.step()
-    tokens = max(1, sum(s["tokens"] for s in stats))
+    tokens = sum(s["tokens"] for s in stats)
     return dict(loss=sum(s["loss"] for s in stats) / max(1, len(norms)),
                 grad_norm=sum(norms) / max(1, len(norms)),
-                mismatch=sum(s["gap"] for s in stats) / tokens,
+                mismatch=sum(s["gap"] for s in stats) / max(1, tokens),
                 mismatch_max=max((s["gap_max"] for s in stats), default=0.0),
-                clipped=sum(s["clipped"] for s in stats) / tokens,
+                clipped=sum(s["clipped"] for s in stats) / max(1, tokens),
                 updates=sum(map(math.isfinite, norms)), trained_tokens=tokens)
 
 # --- run -----------------------------------------------------------------------------------------

@@ -330,17 +330,17 @@ def test_a_gradient_that_is_not_finite_is_left_out(alone):
 
 
 def test_question_sets_are_nested_and_by_seed(capsys):
-    questions = list(range(100))
-    sets = [grpo.choose_questions(questions, n, 0) for n in (1, 8, 64, 100)]
-    assert [len(set(s)) for s in sets] == [1, 8, 64, 100]
+    questions = list(range(1000))
+    sets = [grpo.choose_questions(questions, n, 0) for n in (1, 8, 64, 512, 1000)]
+    assert [len(set(s)) for s in sets] == [1, 8, 64, 512, 1000]
     assert all(small == large[: len(small)] for small, large in itertools.pairwise(sets))
     assert grpo.choose_questions(questions, 8, 0) == sets[1]
     assert grpo.choose_questions(questions, 8, 1) != sets[1]
     assert grpo.choose_questions(questions, None, 0) == questions
     with pytest.raises(SystemExit) as caught:
-        grpo.choose_questions(questions, 101, 0)
+        grpo.choose_questions(questions, 1001, 0)
     assert caught.value.code == 2
-    assert capsys.readouterr().err == "error: --num_questions 101: the data has 100\n"
+    assert capsys.readouterr().err == "error: --num_questions 1001: the data has 1,000\n"
 
 
 def test_a_small_set_repeats_evenly_within_a_step():
