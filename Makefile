@@ -43,7 +43,7 @@ $(OUT)/conditions/summary.json:
 $(OUT)/sft/summary.json: $(OUT)/conditions/summary.json
 	rm -rf $(@D)
 	$(QUIET) $(BIN)/torchrun --standalone sft_distill.py $(TOY) $(EVAL) --eval_every 100 \
-	    --eval_rollouts 2 --data $(<D)/d_ug.jsonl $(<D)/d_sg.jsonl --lr 1e-4 --batch_size 8 \
+	    --eval_rollouts 2 --data $(<D)/d_ug.jsonl $(<D)/d_sg.jsonl --lr 2e-4 --batch_size 8 \
 	    --tokens_per_micro_batch 8192 --run_dir $(@D)
 $(OUT)/%/checkpoints/step_$(STEPS):
 	rm -rf $(OUT)/$*

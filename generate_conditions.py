@@ -101,6 +101,8 @@ def check_args(args, config):
             if name != "out" and before.get(name) != value:
                 fail(f"--{name} {value}: {path.parent} was begun with {before.get(name)}; "
                      "name another folder, or go on as it was begun")
+    elif Path(args.out).exists() and (not Path(args.out).is_dir() or any(Path(args.out).iterdir())):
+        fail(f"--out {args.out} holds something else: name another folder or remove it")
 
 # --- prompts -------------------------------------------------------------------------------------
 

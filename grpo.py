@@ -578,6 +578,7 @@ def main():
             if rank == 0:
                 log(run_dir, step, rollouts, metrics, lr, clock, device)
     llm.llm_engine.engine_core.shutdown()  # left open, it prints tracebacks at exit
+    del ddp  # freed after the group is gone, it can hang (gloo, torch 2.13)
     if dist.is_initialized():
         dist.destroy_process_group()
 

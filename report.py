@@ -127,7 +127,7 @@ def plot(conditions, sft, runs_by_seed, benchmark, path):
                 training, evals = runs[name]
                 steps, values = range(1, len(training["score"]) + 1), training.get(quantity)
                 if quantity is None:
-                    steps, values = evals, [e[benchmark]["score"] for e in evals.values()]
+                    steps, values = list(evals), [e[benchmark]["score"] for e in evals.values()]
                 axis.plot(steps, values, color=f"C{color}", lw=1.2, alpha=0.8,
                           marker="o" if quantity is None else "", ms=3, label=None if i else name)
         axis.set(title=title, xlabel="step", ylim=(0, None))

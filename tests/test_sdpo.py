@@ -212,6 +212,7 @@ for loss_mean, budget, size in json.loads(sys.argv[2]):
                         counts=sdpo.exchange([len(sdpo.micro_batches(hand, budget))])))
 if rank == 0:
     torch.save(results, sys.argv[3])
+del ddp  # freed after the group is gone, it can hang (gloo, torch 2.13)
 sdpo.dist.destroy_process_group()
 """
 CASES = [("sequence", 200, 23), ("token", 200, 23),
