@@ -20,8 +20,8 @@ Prints Table 1 and Table 7 with standard errors, and Figure 9. Writes to --out
 Stops with what it has when the data runs out.
 
 What a reader of the paper would not expect:
-  - 100 such questions hold some 240 pairs of correct answers, so Sec. 4's 800 need more: the search
-    goes on for them, with contexts (1) and (2) alone. (The authors' builder takes one pair a question.)
+  - 100 such questions hold at most 400 pairs of correct answers, so Sec. 4's 800 need more: the
+    search goes on for them, with contexts (1) and (2) alone. (The authors' builder takes one pair a question.)
   - the prompt differs in white space from the one that SDPO's teacher gets
 """
 import argparse
