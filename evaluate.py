@@ -218,6 +218,8 @@ def main():
     for name, value in zip(("temperature", "top_p", "top_k"), SAMPLING[row]):
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if not 0 < args.top_p <= 1 or args.top_k < 0:
+        fail(f"--top_p {args.top_p} must lie in (0, 1], and --top_k {args.top_k} not be negative")
 
     device = start_process_group()
     rank, world_size = dist.get_rank(), dist.get_world_size()

@@ -87,6 +87,8 @@ def check_args(args, config):
         fail(f"--accuracy {low} {high}: 0 < LOW <= HIGH <= 1, since s is a correct answer")
     if args.temperature <= 0:
         fail(f"--temperature {args.temperature} must be above 0: {args.samples} answers to vary")
+    if not 0 < args.top_p <= 1 or args.top_k < 0:
+        fail(f"--top_p {args.top_p} must lie in (0, 1], and --top_k {args.top_k} not be negative")
     if args.sft_examples < 0:
         fail(f"--sft_examples {args.sft_examples} must not be negative")
     # a context holds a question and a response, and leaves room for an answer
