@@ -8,16 +8,16 @@ QUIET := PYTHONWARNINGS=ignore TORCH_CPP_LOG_LEVEL=ERROR
 # What demo and study run, in the folder $(OUT): the scripts at the toy's size.
 OUT := runs/demo
 SEED := 0
-STEPS := 20
-TOY := --model toy/model --max_response_tokens 400 --seed $(SEED)
+STEPS := 30
+TOY := --model toy/model --max_response_tokens 480 --seed $(SEED)
 EVAL := --eval_data toy/data/in.jsonl toy/data/ood.jsonl --eval_every 5
 TRAIN := $(TOY) $(EVAL) --data toy/data/train.jsonl --questions_per_step 16 \
     --minibatch_questions 16 --steps $(STEPS) --warmup_steps 5 --save_every $(STEPS) \
     --tokens_per_micro_batch 8192
 ended = $(1:%=$(OUT)/%/checkpoints/step_$(STEPS))
-# |D| = 512, of which 20 steps of 16 see each question at most once
+# |D| = 512, of which 30 steps of 16 see each question at most once
 grpo := grpo.py --num_questions 512 --lr 1e-4
-sdpo := sdpo.py --num_questions 512 --lr 3e-4
+sdpo := sdpo.py --num_questions 512 --lr 2e-4
 sdpo_without_think := $(sdpo) --demonstration without_think
 sdpo_ema := $(sdpo) --ema 0.05
 sdpo_8 := $(sdpo) --num_questions 8
@@ -39,11 +39,11 @@ seed: $(OUT)/sft/summary.json \
 
 $(OUT)/conditions/summary.json:
 	$(QUIET) $(BIN)/python generate_conditions.py $(TOY) --data toy/data/train.jsonl \
-	    --num_questions 50 --sft_examples 100 --questions_per_round 240 --out $(@D)
+	    --num_questions 100 --sft_examples 200 --questions_per_round 240 --out $(@D)
 $(OUT)/sft/summary.json: $(OUT)/conditions/summary.json
 	rm -rf $(@D)
 	$(QUIET) $(BIN)/torchrun --standalone sft_distill.py $(TOY) $(EVAL) --eval_every 100 \
-	    --eval_rollouts 2 --data $(<D)/d_ug.jsonl $(<D)/d_sg.jsonl --lr 2e-4 --batch_size 8 \
+	    --eval_rollouts 2 --data $(<D)/d_ug.jsonl $(<D)/d_sg.jsonl --lr 1e-4 --batch_size 8 \
 	    --tokens_per_micro_batch 8192 --run_dir $(@D)
 $(OUT)/%/checkpoints/step_$(STEPS):
 	rm -rf $(OUT)/$*
