@@ -93,6 +93,8 @@ def parse_args(argv=None):
     add("--warmup_steps", type=int, default=10, help="linear")
     add("--tokens_per_micro_batch", type=positive, default=24576,
         help="padded tokens in one forward (ours); a longer sequence goes alone")
+    add("--offload_optimizer", action=argparse.BooleanOptionalAction, default=None,
+        help="AdamW's state in CPU memory (ours; default: if the GPU cannot hold it)")
     add = parser.add_argument_group("run").add_argument
     add("--run_dir", default="runs/sdpo", help="a new folder (ours)")
     add("--seed", type=int, default=0, help="of data order, sampling and demonstrations")
@@ -289,11 +291,14 @@ class Rollout:
         prompt = max(len(self.prompt_ids), len(self.teacher_prompt_ids or []))
         return prompt + len(self.response_ids)
 
-def make_engine(args, device, dtype):
+DTYPE = dict(cpu=torch.float32, cuda=torch.bfloat16)  # of weights, gradients, vLLM
+
+def make_engine(args, device, share):
     """vLLM in this very process, one engine a rank: its weights are handed over in memory.
 
     So it reads none itself. On CPU it packs them, and handing over again would miss a head that is
     tied to the embeddings (0.2 off in log-probability, silently): there it gets a head of its own.
+    On a GPU it may fill `share` of the memory, and sleeps but for sampling.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -303,17 +308,30 @@ def make_engine(args, device, dtype):
         # unless this is set vLLM leaves torch one thread, in the update too
         os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     from vllm import LLM
-    return LLM(args.model, dtype=dtype, seed=args.seed, enforce_eager=device.type == "cpu",
-               max_model_len=args.max_prompt_tokens + args.max_response_tokens,
-               gpu_memory_utilization=0.55, distributed_executor_backend="external_launcher",
-               logprobs_mode="processed_logprobs",  # of what is sampled from: after temperature
-               load_format="dummy", use_tqdm_on_load=False,
-               hf_overrides=dict(tie_word_embeddings=False) if device.type == "cpu" else None)
+    cpu = device.type == "cpu"
+    llm = LLM(args.model, dtype=DTYPE[device.type], seed=args.seed, enforce_eager=cpu,
+              max_model_len=args.max_prompt_tokens + args.max_response_tokens,
+              gpu_memory_utilization=share, distributed_executor_backend="external_launcher",
+              logprobs_mode="processed_logprobs",  # of what is sampled from: after temperature
+              load_format="dummy", use_tqdm_on_load=False, enable_sleep_mode=not cpu,
+              hf_overrides=dict(tie_word_embeddings=False) if cpu else None)
+    sleep(llm)
+    return llm
+
+def sleep(llm):
+    """vLLM's memory for the trainer: the KV cache freed, the weights dropped, not copied."""
+    if torch.cuda.is_available():
+        llm.sleep(level=2)
 
 def sync_weights(llm, model):
-    """The trainer's weights into vLLM, in place. Cached prefixes belong to the old ones."""
+    """Wakes vLLM with the trainer's weights, in place. Cached prefixes belong to the old ones."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what the update's tensors left with torch's allocator
+        llm.wake_up(tags=["weights"])
     weights = ((name, p.detach()) for name, p in model.named_parameters(remove_duplicate=False))
     llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=weights))
+    if torch.cuda.is_available():
+        llm.wake_up(tags=["kv_cache"])
     llm.reset_prefix_cache()
 
 def generate(llm, questions, n, seed, max_tokens, **sampling):
@@ -394,6 +412,46 @@ def response_hidden(model, prompts, responses, device):
     hidden = model.get_decoder()(input_ids=ids.to(device), use_cache=False).last_hidden_state
     return hidden[mask.to(device)]
 
+class MasterAdamW(torch.optim.AdamW):
+    """AdamW of bfloat16 weights by way of float32 masters; every tensor has one rank as its owner.
+
+    A step of 1e-6 is a hundredth of bfloat16's spacing at a weight of 0.02: by itself such a weight
+    never moves. Its master does, and the weight follows as the master's rounding. Bytes a
+    parameter: on every GPU 2 of weight and 2 of gradient; at the owner 4 of master and 8 of moments
+    (ZeRO stage 1), on its GPU or in CPU memory. Qwen3-8B's 8.19e9 parameters on one GPU: 33 GB
+    there and 98 GB in CPU memory; on eight, 12 GB each. `weights` are in the same order everywhere.
+    """
+
+    def __init__(self, weights, device, **how):
+        self.weights, load, self.owner = list(weights), [0] * dist.get_world_size(), {}
+        for i in sorted(range(len(self.weights)), key=lambda i: -self.weights[i].numel()):
+            self.owner[i] = load.index(min(load))
+            load[self.owner[i]] += self.weights[i].numel()
+        self.mine = [w for i, w in enumerate(self.weights) if self.owner[i] == dist.get_rank()]
+        masters = [w.detach().to(device, torch.float32, copy=True) for w in self.mine]
+        super().__init__(masters, fused=True, **how)
+        # One pinned tensor on the way: to pin all would round each one's size up to a power of two
+        largest, off = max(w.numel() for w in self.mine), self.mine[0].device != masters[0].device
+        self.way = torch.empty(largest, dtype=self.mine[0].dtype, device=device, pin_memory=off)
+        self.grad = torch.empty(largest, device=device)
+
+    def zero_grad(self, set_to_none=True):
+        for w in self.weights:
+            w.grad = None
+
+    @torch.no_grad()
+    def step(self):
+        """Tensor by tensor: the gradient is never whole in float32."""
+        for weight, master in zip(self.mine, self.param_groups[0]["params"]):
+            way, master.grad = (buffer[: weight.numel()].view_as(weight)
+                                for buffer in (self.way, self.grad))
+            master.grad.copy_(way.copy_(weight.grad))
+            super().step()
+            master.grad = None
+            weight.copy_(way.copy_(master))
+        for i, weight in enumerate(self.weights):
+            dist.broadcast(weight.detach(), self.owner[i])
+
 class Student(torch.nn.Module):
     """What DDP wraps: backbone, head and loss in one forward, so that its hooks see them all."""
 
@@ -405,16 +463,14 @@ class Student(torch.nn.Module):
         """(divergence, log-probability) of a micro-batch's response tokens, both (N,)."""
         prompts, responses = zip(*((r.prompt_ids, r.response_ids) for r in micro))
         targets = torch.tensor([t for y in responses for t in y], device=self.device)
-        # bfloat16 on CUDA, over float32 weights: bfloat16 ones would not move at lr 1e-5
-        with torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda"):
-            if teacher is not None:
-                with torch.no_grad():
-                    shown = [r.teacher_prompt_ids or r.prompt_ids for r in micro]
-                    hidden = response_hidden(teacher, shown, responses, self.device)
-                    teacher = (hidden, teacher.get_output_embeddings())
-            hidden = response_hidden(self.model, prompts, responses, self.device)
-            return token_losses(hidden, self.model.get_output_embeddings(), targets,
-                                self.args.temperature, teacher, self.args.top_k, self.args.alpha)
+        if teacher is not None:
+            with torch.no_grad():
+                shown = [r.teacher_prompt_ids or r.prompt_ids for r in micro]
+                hidden = response_hidden(teacher, shown, responses, self.device)
+                teacher = (hidden, teacher.get_output_embeddings())
+        hidden = response_hidden(self.model, prompts, responses, self.device)
+        return token_losses(hidden, self.model.get_output_embeddings(), targets,
+                            self.args.temperature, teacher, self.args.top_k, self.args.alpha)
 
 def trainer_logprobs(student, rollouts):
     """{id(rollout): (T,)}: log-probabilities under the weights as they are now."""
@@ -494,6 +550,14 @@ def update(ddp, teacher, optimizer, rollouts):
 
 # --- run -----------------------------------------------------------------------------------------
 
+def follow(teacher, student, averaged, ema):
+    """Moves the teacher by `ema` towards the student; `averaged` is that mean, kept in float32.
+
+    In bfloat16 the teacher could not take so small a step. In float32 `averaged` is the teacher.
+    """
+    for t, s, mean in zip(teacher.parameters(), student.parameters(), averaged):
+        t.copy_(mean.lerp_(s.detach().to(mean), ema))
+
 def start_process_group():
     """torchrun's group, or under plain python one of a single process; returns its device."""
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
@@ -506,6 +570,30 @@ def start_process_group():
     torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl", **alone)
     return device
+
+def memory_plan(args, config, copies):
+    """(AdamW's state in CPU memory?, vLLM's share of the GPU) from what is free on it.
+
+    A parameter takes 2 bytes in each of `copies` (weights, gradient, SDPO's teacher), 12 / ranks of
+    AdamW unless offloaded, and in turn: 2 of vLLM's, with its KV cache, while that is awake; or a
+    micro-batch's activations, where every layer keeps its input and one is alive as a whole.
+    """
+    if not torch.cuda.is_available():
+        return False, 0.5  # which vLLM ignores on CPU: VLLM_CPU_KVCACHE_SPACE
+    from transformers import AutoModelForCausalLM
+    with torch.device("meta"):
+        parameters = AutoModelForCausalLM.from_config(config).num_parameters()
+    free, total = torch.cuda.mem_get_info()
+    tokens = max(args.tokens_per_micro_batch, args.max_prompt_tokens + args.max_response_tokens)
+    activations = 2 * tokens * config.hidden_size * (config.num_hidden_layers + 40) + 3e9
+    trainer, state = 2 * copies * parameters, 12 * parameters / dist.get_world_size()
+    needed = trainer + max(activations, 2 * parameters + 4e9)
+    offload = needed + state > free if args.offload_optimizer is None else args.offload_optimizer
+    needed += 0 if offload else state
+    if needed > free:
+        fail(f"--model {args.model}: needs about {needed / 1e9:.0f} GB of this GPU, "
+             f"{free / 1e9:.0f} GB are free")
+    return offload, (free - trainer - (0 if offload else state) - 2e9) / total
 
 def question_stream(questions, seed):
     """Shuffled epoch after epoch, without end; a small set repeats within a step (Sec. 6.2)."""
@@ -563,15 +651,26 @@ def evaluate(llm, verifier, benchmarks, step, args):
                        f"epistemic {s['epistemic']:5.1f}")
     return summary
 
-def log(run_dir, step, rollouts, metrics, lr, clock, device):
+def tick(clock, phase):
+    """Ends a phase of the step: adds its name, the time, and the memory it has come to, in bytes.
+
+    On a GPU that is all that is taken, by vLLM as well: torch's allocator keeps its peak.
+    """
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        memory = total - free
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of the run so far
+    clock.append((phase, time.time(), memory))
+
+def log(run_dir, step, rollouts, metrics, lr, clock):
     """A line of metrics.jsonl, one on the screen, and the step's first 64 texts."""
-    seconds = {phase: end - start for (_, start), (phase, end) in itertools.pairwise(clock)}
+    seconds = {phase: end - start for (_, start, _), (phase, end, _) in itertools.pairwise(clock)}
     speed = sum(len(r.response_ids) for r in rollouts) / sum(seconds.values())
-    peak = (torch.cuda.max_memory_allocated() if device.type == "cuda"
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    memory = {phase: used / 1e9 for phase, _, used in clock[1:]}
     trained = sum(r.teacher_prompt_ids is not None for r in rollouts) / len(rollouts)
     m = dict(step=step, **averages(rollouts), trained=trained, **metrics, lr=lr,
-             seconds=seconds, tokens_per_second=speed, peak_memory_gb=peak / 1e9)
+             seconds=seconds, tokens_per_second=speed, peak_memory_gb=memory)
     with open(run_dir / "metrics.jsonl", "a") as f:
         f.write(json.dumps(m) + "\n")
     sample = [record(r, row=r.row) for r in rollouts[:64]]
@@ -594,17 +693,23 @@ def main():
     rank, world_size = dist.get_rank(), dist.get_world_size()
     import transformers
     transformers.logging.disable_progress_bar()
-    llm = make_engine(args, device, "bfloat16" if device.type == "cuda" else "float32")
-    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    offload, vllm_share = memory_plan(args, config, copies=3)
+    llm = make_engine(args, device, vllm_share)
+    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=DTYPE[device.type])
     model.to(device)
     # The teacher: the initial weights, for ever (Sec. 5.4) unless --ema moves them.
-    fixed = torch.bfloat16 if device.type == "cuda" and not args.ema else torch.float32
-    teacher = copy.deepcopy(model).to(fixed).requires_grad_(False)
+    teacher = copy.deepcopy(model).requires_grad_(False)
+    averaged = [t.to("cpu" if offload else device, torch.float32)
+                for t in (teacher.parameters() if args.ema else [])]
     if device.type == "cuda":
         model.gradient_checkpointing_enable(dict(use_reentrant=False))
         model.train()
     ddp = DistributedDataParallel(Student(model, args, device), gradient_as_bucket_view=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)  # Table 8
+    how = dict(lr=args.lr, weight_decay=0.01)  # Table 8
+    if device.type == "cuda":
+        optimizer = MasterAdamW(model.parameters(), "cpu" if offload else device, **how)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), **how)
     sync_weights(llm, model)
 
     run_dir = Path(args.run_dir)
@@ -624,30 +729,31 @@ def main():
     with Verifier() as verifier:
         evaluate(llm, verifier, benchmarks, 0, args)
         for step in tqdm(range(1, args.steps + 1), disable=True if rank else None):
-            clock = [("start", time.time())]
+            clock = []
+            tick(clock, "start")
             batch = list(itertools.islice(stream, args.questions_per_step))
             mine = batch[rank * share : (rank + 1) * share]
             rollouts = exchange(sample_groups(llm, verifier, tokenizer, mine, rank * share, step,
                                               args))
-            clock.append(("rollout", time.time()))
+            tick(clock, "rollout")
+            sleep(llm)
             lr = args.lr * min(1, step / max(1, args.warmup_steps))
             for group in optimizer.param_groups:
                 group["lr"] = lr
             metrics = update(ddp, teacher, optimizer, rollouts)
-            clock.append(("update", time.time()))
+            tick(clock, "update")
             if args.ema:  # once a step, after all its updates
-                for t, s in zip(teacher.parameters(), model.parameters()):
-                    t.lerp_(s.detach(), args.ema)
+                follow(teacher, model, averaged, args.ema)
             sync_weights(llm, model)
-            clock.append(("sync", time.time()))
+            tick(clock, "sync")
             if step % args.eval_every == 0 or step == args.steps:
                 evaluate(llm, verifier, benchmarks, step, args)
-                clock.append(("eval", time.time()))
+                tick(clock, "eval")
             if rank == 0 and (step % args.save_every == 0 or step == args.steps):
                 save_checkpoint(model, tokenizer, step, args)
-                clock.append(("save", time.time()))
+                tick(clock, "save")
             if rank == 0:
-                log(run_dir, step, rollouts, metrics, lr, clock, device)
+                log(run_dir, step, rollouts, metrics, lr, clock)
     llm.llm_engine.engine_core.shutdown()  # left open, it prints tracebacks at exit
     del ddp  # freed after the group is gone, it can hang (gloo, torch 2.13)
     if dist.is_initialized():

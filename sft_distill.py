@@ -73,6 +73,8 @@ def parse_args(argv=None):
     add("--warmup_ratio", type=float, default=0.1, help="share of the updates; then cosine to 0")
     add("--tokens_per_micro_batch", type=positive, default=24576,
         help="padded tokens in one forward; a longer sequence goes alone")
+    add("--offload_optimizer", action=argparse.BooleanOptionalAction, default=None,
+        help="AdamW's state in CPU memory (default: if the GPU cannot hold it)")
     add = parser.add_argument_group("run").add_argument
     add("--run_dir", default="runs/sft", help="a new folder; one in it for each of --data")
     add("--seed", type=int, default=0, help="of data order and sampling")
@@ -213,11 +215,14 @@ class Rollout:
     def tokens(self):
         return len(self.prompt_ids) + len(self.response_ids)
 
-def make_engine(args, device, dtype):
+DTYPE = dict(cpu=torch.float32, cuda=torch.bfloat16)  # of weights, gradients, vLLM
+
+def make_engine(args, device, share):
     """vLLM in this very process, one engine a rank: its weights are handed over in memory.
 
     So it reads none itself. On CPU it packs them, and handing over again would miss a head that is
     tied to the embeddings (0.2 off in log-probability, silently): there it gets a head of its own.
+    On a GPU it may fill `share` of the memory, and sleeps but for sampling.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -227,17 +232,30 @@ def make_engine(args, device, dtype):
         # unless this is set vLLM leaves torch one thread, in the update too
         os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     from vllm import LLM
-    return LLM(args.model, dtype=dtype, seed=args.seed, enforce_eager=device.type == "cpu",
-               max_model_len=args.max_prompt_tokens + args.max_response_tokens,
-               gpu_memory_utilization=0.55, distributed_executor_backend="external_launcher",
-               logprobs_mode="processed_logprobs",  # of what is sampled from: after temperature
-               load_format="dummy", use_tqdm_on_load=False,
-               hf_overrides=dict(tie_word_embeddings=False) if device.type == "cpu" else None)
+    cpu = device.type == "cpu"
+    llm = LLM(args.model, dtype=DTYPE[device.type], seed=args.seed, enforce_eager=cpu,
+              max_model_len=args.max_prompt_tokens + args.max_response_tokens,
+              gpu_memory_utilization=share, distributed_executor_backend="external_launcher",
+              logprobs_mode="processed_logprobs",  # of what is sampled from: after temperature
+              load_format="dummy", use_tqdm_on_load=False, enable_sleep_mode=not cpu,
+              hf_overrides=dict(tie_word_embeddings=False) if cpu else None)
+    sleep(llm)
+    return llm
+
+def sleep(llm):
+    """vLLM's memory for the trainer: the KV cache freed, the weights dropped, not copied."""
+    if torch.cuda.is_available():
+        llm.sleep(level=2)
 
 def sync_weights(llm, model):
-    """The trainer's weights into vLLM, in place. Cached prefixes belong to the old ones."""
+    """Wakes vLLM with the trainer's weights, in place. Cached prefixes belong to the old ones."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what the update's tensors left with torch's allocator
+        llm.wake_up(tags=["weights"])
     weights = ((name, p.detach()) for name, p in model.named_parameters(remove_duplicate=False))
     llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=weights))
+    if torch.cuda.is_available():
+        llm.wake_up(tags=["kv_cache"])
     llm.reset_prefix_cache()
 
 def generate(llm, questions, n, seed, max_tokens, **sampling):
@@ -302,6 +320,46 @@ def response_hidden(model, prompts, responses, device):
     hidden = model.get_decoder()(input_ids=ids.to(device), use_cache=False).last_hidden_state
     return hidden[mask.to(device)]
 
+class MasterAdamW(torch.optim.AdamW):
+    """AdamW of bfloat16 weights by way of float32 masters; every tensor has one rank as its owner.
+
+    A step of 1e-6 is a hundredth of bfloat16's spacing at a weight of 0.02: by itself such a weight
+    never moves. Its master does, and the weight follows as the master's rounding. Bytes a
+    parameter: on every GPU 2 of weight and 2 of gradient; at the owner 4 of master and 8 of moments
+    (ZeRO stage 1), on its GPU or in CPU memory. Qwen3-8B's 8.19e9 parameters on one GPU: 33 GB
+    there and 98 GB in CPU memory; on eight, 12 GB each. `weights` are in the same order everywhere.
+    """
+
+    def __init__(self, weights, device, **how):
+        self.weights, load, self.owner = list(weights), [0] * dist.get_world_size(), {}
+        for i in sorted(range(len(self.weights)), key=lambda i: -self.weights[i].numel()):
+            self.owner[i] = load.index(min(load))
+            load[self.owner[i]] += self.weights[i].numel()
+        self.mine = [w for i, w in enumerate(self.weights) if self.owner[i] == dist.get_rank()]
+        masters = [w.detach().to(device, torch.float32, copy=True) for w in self.mine]
+        super().__init__(masters, fused=True, **how)
+        # One pinned tensor on the way: to pin all would round each one's size up to a power of two
+        largest, off = max(w.numel() for w in self.mine), self.mine[0].device != masters[0].device
+        self.way = torch.empty(largest, dtype=self.mine[0].dtype, device=device, pin_memory=off)
+        self.grad = torch.empty(largest, device=device)
+
+    def zero_grad(self, set_to_none=True):
+        for w in self.weights:
+            w.grad = None
+
+    @torch.no_grad()
+    def step(self):
+        """Tensor by tensor: the gradient is never whole in float32."""
+        for weight, master in zip(self.mine, self.param_groups[0]["params"]):
+            way, master.grad = (buffer[: weight.numel()].view_as(weight)
+                                for buffer in (self.way, self.grad))
+            master.grad.copy_(way.copy_(weight.grad))
+            super().step()
+            master.grad = None
+            weight.copy_(way.copy_(master))
+        for i, weight in enumerate(self.weights):
+            dist.broadcast(weight.detach(), self.owner[i])
+
 class Student(torch.nn.Module):
     """What DDP wraps: backbone and head in one forward, so that its hooks see them all."""
 
@@ -313,10 +371,8 @@ class Student(torch.nn.Module):
         """Log-probabilities of a micro-batch's response tokens, (N,)."""
         prompts, responses = zip(*((r.prompt_ids, r.response_ids) for r in micro))
         targets = torch.tensor([t for y in responses for t in y], device=self.device)
-        # bfloat16 on CUDA, over float32 weights: bfloat16 ones would not move at lr 1e-5
-        with torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda"):
-            hidden = response_hidden(self.model, prompts, responses, self.device)
-            return token_logprobs(hidden, self.model.get_output_embeddings(), targets, 1.0)
+        hidden = response_hidden(self.model, prompts, responses, self.device)
+        return token_logprobs(hidden, self.model.get_output_embeddings(), targets, 1.0)
 
 def backward(ddp, minibatch, hand):
     """Leaves the mini-batch's gradient, over all ranks, in .grad; returns its loss, nats a token."""
@@ -357,6 +413,30 @@ def start_process_group():
     torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl", **alone)
     return device
+
+def memory_plan(args, config, copies):
+    """(AdamW's state in CPU memory?, vLLM's share of the GPU) from what is free on it.
+
+    A parameter takes 2 bytes in each of `copies` (weights, gradient, SDPO's teacher), 12 / ranks of
+    AdamW unless offloaded, and in turn: 2 of vLLM's, with its KV cache, while that is awake; or a
+    micro-batch's activations, where every layer keeps its input and one is alive as a whole.
+    """
+    if not torch.cuda.is_available():
+        return False, 0.5  # which vLLM ignores on CPU: VLLM_CPU_KVCACHE_SPACE
+    from transformers import AutoModelForCausalLM
+    with torch.device("meta"):
+        parameters = AutoModelForCausalLM.from_config(config).num_parameters()
+    free, total = torch.cuda.mem_get_info()
+    tokens = max(args.tokens_per_micro_batch, args.max_prompt_tokens + args.max_response_tokens)
+    activations = 2 * tokens * config.hidden_size * (config.num_hidden_layers + 40) + 3e9
+    trainer, state = 2 * copies * parameters, 12 * parameters / dist.get_world_size()
+    needed = trainer + max(activations, 2 * parameters + 4e9)
+    offload = needed + state > free if args.offload_optimizer is None else args.offload_optimizer
+    needed += 0 if offload else state
+    if needed > free:
+        fail(f"--model {args.model}: needs about {needed / 1e9:.0f} GB of this GPU, "
+             f"{free / 1e9:.0f} GB are free")
+    return offload, (free - trainer - (0 if offload else state) - 2e9) / total
 
 def write_lines(path, rows):
     """JSON Lines, written aside and renamed, so that a reader never finds half a file."""
@@ -408,29 +488,44 @@ def evaluate(llm, verifier, benchmarks, step, args):
                        f"epistemic {s['epistemic']:5.1f}")
     return summary
 
-def log(run_dir, step, minibatch, metrics, lr, clock, device):
+def tick(clock, phase):
+    """Ends a phase of the step: adds its name, the time, and the memory it has come to, in bytes.
+
+    On a GPU that is all that is taken, by vLLM as well: torch's allocator keeps its peak.
+    """
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        memory = total - free
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of the run so far
+    clock.append((phase, time.time(), memory))
+
+def log(run_dir, step, minibatch, metrics, lr, clock):
     """A line of metrics.jsonl: length and epistemic are those of the step's examples."""
-    seconds = {phase: end - start for (_, start), (phase, end) in itertools.pairwise(clock)}
-    peak = (torch.cuda.max_memory_allocated() if device.type == "cuda"
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    seconds = {phase: end - start for (_, start, _), (phase, end, _) in itertools.pairwise(clock)}
+    memory = {phase: used / 1e9 for phase, _, used in clock[1:]}
     data = averages(minibatch)
     m = dict(step=step, length=data["length"], epistemic=data["epistemic"], **metrics, lr=lr,
              seconds=seconds, tokens_per_second=metrics["trained_tokens"] / seconds["update"],
-             peak_memory_gb=peak / 1e9)
+             peak_memory_gb=memory)
     with open(run_dir / "metrics.jsonl", "a") as f:
         f.write(json.dumps(m) + "\n")
 
-def train(path, examples, llm, verifier, tokenizer, benchmarks, device, args):
+def train(path, examples, llm, verifier, tokenizer, benchmarks, device, offload, args):
     """From --model on one data set; returns the evaluation after the last update."""
     import transformers
     rank, run_dir = dist.get_rank(), Path(args.run_dir)
-    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=DTYPE[device.type])
     model.to(device)
     if device.type == "cuda":
         model.gradient_checkpointing_enable(dict(use_reentrant=False))
         model.train()
     ddp = DistributedDataParallel(Student(model, args, device), gradient_as_bucket_view=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
+    how = dict(lr=args.lr, weight_decay=0.01)
+    if device.type == "cuda":
+        optimizer = MasterAdamW(model.parameters(), "cpu" if offload else device, **how)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), **how)
     if rank == 0:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
                                 capture_output=True, text=True).stdout.strip()
@@ -445,25 +540,27 @@ def train(path, examples, llm, verifier, tokenizer, benchmarks, device, args):
         batches += [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)]
     bar = tqdm(batches, disable=True if rank else None)
     for step, minibatch in enumerate(bar, 1):
-        clock = [("start", time.time())]
+        clock = []
+        tick(clock, "start")
         lr = learning_rate(step, len(batches), args)
         for group in optimizer.param_groups:
             group["lr"] = lr
         metrics = update(ddp, optimizer, minibatch)
-        clock.append(("update", time.time()))
+        tick(clock, "update")
         bar.set_postfix(loss=f"{metrics['loss']:.3f}")
         if step % args.eval_every == 0 or step == len(batches):
             sync_weights(llm, model)
-            clock.append(("sync", time.time()))
+            tick(clock, "sync")
             if rank == 0:
                 tqdm.write(f"step {step:3d}  loss {metrics['loss']:.3f}")
             summary = evaluate(llm, verifier, benchmarks, step, args)
-            clock.append(("eval", time.time()))
+            sleep(llm)
+            tick(clock, "eval")
         if rank == 0 and (step % args.save_every == 0 or step == len(batches)):
             save_checkpoint(model, tokenizer, step, args)
-            clock.append(("save", time.time()))
+            tick(clock, "save")
         if rank == 0:
-            log(run_dir, step, minibatch, metrics, lr, clock, device)
+            log(run_dir, step, minibatch, metrics, lr, clock)
     return summary
 
 def table(rows):
@@ -490,7 +587,8 @@ def main():
     device = start_process_group()
     import transformers
     transformers.logging.disable_progress_bar()
-    llm = make_engine(args, device, "bfloat16" if device.type == "cuda" else "float32")
+    offload, vllm_share = memory_plan(args, config, copies=2)
+    llm = make_engine(args, device, vllm_share)
 
     def arguments_of(name):  # each data set's run has a folder of its own
         run = copy.copy(args)
@@ -499,12 +597,13 @@ def main():
 
     with Verifier() as verifier:
         sync_weights(llm, transformers.AutoModelForCausalLM.from_pretrained(
-            args.model, dtype=torch.float32))
+            args.model, dtype=DTYPE[device.type]))
         rows = dict(base=evaluate(llm, verifier, benchmarks, 0, arguments_of("base")))
+        sleep(llm)
         for path, examples in data.items():
             name = Path(path).stem
             rows[f"SFT on {name}"] = train(path, examples, llm, verifier, tokenizer, benchmarks,
-                                           device, arguments_of(name))
+                                           device, offload, arguments_of(name))
     if dist.get_rank() == 0:
         write_lines(Path(args.run_dir) / "summary.json", [dict(vars(args), rows=rows)])
         print(f"\n{args.model}, {args.eval_rollouts} answers to a question\n\n{table(rows)}")

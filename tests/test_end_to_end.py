@@ -44,7 +44,8 @@ def test_run_folder(trained):
         assert 0 < m["score"] <= 1 and m["length"] > 10 and m["epistemic"] > 1
         assert m["loss"] > 0 and m["updates"] == 2 and m["grad_norm"] > 0
         assert m["mismatch"] < 1e-4 and 0 < m["mismatch_max"] < 1e-2
-        assert set(m["seconds"]) >= {"rollout", "update", "sync"} and m["peak_memory_gb"] > 0
+        assert {"rollout", "update", "sync"} <= set(m["seconds"]) == set(m["peak_memory_gb"])
+        assert all(0.1 < gb < 50 for gb in m["peak_memory_gb"].values())
     assert sorted(p.name for p in (folder / "eval").iterdir()) == [
         f"step_{n}.{suffix}" for n in (0, 2, 3) for suffix in ("json", "jsonl")]
     assert len((folder / "eval/step_3.jsonl").read_text().splitlines()) == 10
@@ -63,7 +64,7 @@ import sdpo
 args = Namespace(model=sys.argv[1], seed=0, max_prompt_tokens=512, max_response_tokens=200,
                  temperature=0.7, tokens_per_micro_batch=4000, top_k=5, alpha=0.5)
 device = sdpo.start_process_group()
-llm = sdpo.make_engine(args, device, "float32")
+llm = sdpo.make_engine(args, device, 0.5)
 tokenizer = AutoTokenizer.from_pretrained(args.model)
 questions = sdpo.with_prompts(sys.argv[2], tokenizer, Namespace(**vars(args), enable_thinking=True))
 model = AutoModelForCausalLM.from_pretrained(sys.argv[3], dtype=torch.float32)
@@ -266,7 +267,7 @@ import grpo
 args = Namespace(model=sys.argv[1], seed=0, max_prompt_tokens=512, max_response_tokens=60,
                  temperature=1.0, tokens_per_micro_batch=4000, enable_thinking=True)
 device = grpo.start_process_group()
-llm = grpo.make_engine(args, device, "float32")
+llm = grpo.make_engine(args, device, 0.5)
 questions = grpo.with_prompts(sys.argv[2], AutoTokenizer.from_pretrained(args.model), args)
 model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
 assert model.lm_head.weight is model.model.embed_tokens.weight
