@@ -243,16 +243,21 @@ def token_losses(hidden, head, targets, temperature, teacher=None, top_k=None, a
     is computed, and are made again in backward.
     """
     def chunk(h, y, teacher_h=None):
-        logits = head(h).float() / temperature  # (C, V)
-        normaliser = logits.logsumexp(-1, keepdim=True)
-        logprobs = (logits.gather(-1, y[:, None]) - normaliser).squeeze(-1)
+        logits = head(h).float().div_(temperature)  # (C, V)
+        ids = y[:, None]
+        if teacher_h is not None:
+            with torch.no_grad():
+                top = logits.topk(min(top_k, logits.shape[-1]), dim=-1).indices  # (C, k)
+                teacher_logits = teacher[1](teacher_h).float().div_(temperature)
+                teacher_top = teacher_logits.gather(-1, top) - teacher_logits.logsumexp(-1, True)
+                del teacher_logits
+            ids = torch.cat([ids, top], dim=-1)
+        # one gather for both, since the backward of each would make a (C, V) of its own
+        logprobs = logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)  # (C, 1 + k)
         if teacher_h is None:
-            return torch.zeros_like(logprobs), logprobs
-        top, ids = logits.topk(min(top_k, logits.shape[-1]), dim=-1)  # (C, k)
-        with torch.no_grad():
-            teacher_logits = teacher[1](teacher_h).float() / temperature
-            teacher_top = teacher_logits.gather(-1, ids) - teacher_logits.logsumexp(-1, True)
-        return divergence(with_tail(top - normaliser), with_tail(teacher_top), alpha), logprobs
+            return torch.zeros_like(logprobs[:, 0]), logprobs[:, 0]
+        student_top = with_tail(logprobs[:, 1:])
+        return divergence(student_top, with_tail(teacher_top), alpha), logprobs[:, 0]
     columns = [hidden, targets] + ([teacher[0]] if teacher else [])
     parts = zip(*(column.split(CHUNK) for column in columns))
     losses, logprobs = zip(*(checkpoint(chunk, *part, use_reentrant=False) for part in parts))

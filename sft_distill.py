@@ -188,7 +188,7 @@ def token_logprobs(hidden, head, targets, temperature):
     is computed, and are made again in backward.
     """
     def chunk(h, y):
-        logits = head(h).float() / temperature  # (C, V)
+        logits = head(h).float().div_(temperature)  # (C, V)
         return logits.gather(-1, y[:, None]).squeeze(-1) - logits.logsumexp(-1)
     parts = zip(hidden.split(CHUNK), targets.split(CHUNK))
     return torch.cat([checkpoint(chunk, *part, use_reentrant=False) for part in parts])
