@@ -499,13 +499,19 @@ def start_process_group():
     dist.init_process_group("cpu:gloo,cuda:nccl", **alone)
     return device
 
-def memory_plan(args, config, copies):
-    """(AdamW's state in CPU memory?, vLLM's share of the GPU) from what is free on it.
+def memory_needs(parameters, config, tokens, copies, ranks):
+    """Bytes of a GPU: (always there, AdamW's state, a micro-batch of `tokens`, vLLM at the least).
 
-    A parameter takes 2 bytes in each of `copies` (weights, gradient, SDPO's teacher), 12 / ranks of
-    AdamW unless offloaded, and in turn: 2 of vLLM's, with its KV cache, while that is awake; or a
-    micro-batch's activations, where every layer keeps its input and one is alive as a whole.
+    A parameter takes 2 bytes in each of `copies` (weights, gradient, SDPO's teacher) and 12 / ranks
+    of AdamW. Every layer keeps its input for the backward and one is alive as a whole, counted as
+    40 more (computed, not measured); 3 GB are a chunk of logits and what else comes and goes. vLLM
+    has weights of its own, 2 bytes, and 4 GB for a KV cache.
     """
+    activations = 2 * tokens * config.hidden_size * (config.num_hidden_layers + 40) + 3e9
+    return 2 * copies * parameters, 12 * parameters / ranks, activations, 2 * parameters + 4e9
+
+def memory_plan(args, config, copies):
+    """(AdamW's state in CPU memory?, vLLM's share of the GPU) from what is free on it."""
     if not torch.cuda.is_available():
         return False, 0.5  # which vLLM ignores on CPU: VLLM_CPU_KVCACHE_SPACE
     from transformers import AutoModelForCausalLM
@@ -513,15 +519,15 @@ def memory_plan(args, config, copies):
         parameters = AutoModelForCausalLM.from_config(config).num_parameters()
     free, total = torch.cuda.mem_get_info()
     tokens = max(args.tokens_per_micro_batch, args.max_prompt_tokens + args.max_response_tokens)
-    activations = 2 * tokens * config.hidden_size * (config.num_hidden_layers + 40) + 3e9
-    trainer, state = 2 * copies * parameters, 12 * parameters / dist.get_world_size()
-    needed = trainer + max(activations, 2 * parameters + 4e9)
+    always, state, activations, engine = memory_needs(parameters, config, tokens, copies,
+                                                      dist.get_world_size())
+    needed = always + max(activations, engine)  # one sleeps while the other works
     offload = needed + state > free if args.offload_optimizer is None else args.offload_optimizer
-    needed += 0 if offload else state
-    if needed > free:
-        fail(f"--model {args.model}: needs about {needed / 1e9:.0f} GB of this GPU, "
-             f"{free / 1e9:.0f} GB are free")
-    return offload, (free - trainer - (0 if offload else state) - 2e9) / total
+    always += 0 if offload else state
+    if always + max(activations, engine) > free:
+        fail(f"--model {args.model}: needs about {(always + max(activations, engine)) / 1e9:.0f} GB "
+             f"of every GPU, {free / 1e9:.0f} GB are free")
+    return offload, (free - always - 2e9) / total
 
 def question_stream(questions, seed):
     """Shuffled epoch after epoch, without end; a small set repeats within a step (Sec. 6.2)."""
