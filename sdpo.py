@@ -28,7 +28,8 @@ float32. `trained` is the share of rollouts that had a correct sibling.
 """
 import argparse
 import contextlib
-import copy
+import functools
+import hashlib
 import itertools
 import json
 import logging
@@ -37,6 +38,8 @@ import os
 import random
 import re
 import resource
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -103,6 +106,9 @@ def parse_args(argv=None):
     add("--eval_rollouts", type=positive, default=1, help="answers to a question (authors' code)")
     add("--eval_every", type=positive, default=10, help="steps; also before the first")
     add("--save_every", type=positive, default=10, help="steps; also after the last")
+    add("--keep_checkpoints", type=positive, default=2, help="the newest (ours)")
+    add("--resume", action="store_true",
+        help="go on from the newest whole checkpoint in --run_dir, with the same flags")
     return parser.parse_args(argv)
 
 def fail(message):
@@ -126,9 +132,25 @@ def check_args(args, world_size):
     names = [Path(source).stem for source in args.eval_data]
     if len(set(names)) < len(names):
         fail(f"--eval_data: two benchmarks have one name ({' '.join(names)})")
-    run_dir = Path(args.run_dir)
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        fail(f"--run_dir {run_dir} already holds results: name another folder or remove it")
+    check_run_dir(args)
+
+def check_run_dir(args):
+    """A new run wants a new folder; a resumed one its own, and the flags it began with."""
+    run_dir, config = Path(args.run_dir), Path(args.run_dir) / "config.json"
+    if not args.resume and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        fail(f"--run_dir {run_dir} already holds results: name another folder, remove it, or go on "
+             f"with --resume")
+    if args.resume and config.exists():
+        free = {"resume", "steps", "eval_data", "eval_rollouts", "eval_every", "save_every",
+                "keep_checkpoints", "offload_optimizer"}
+        try:
+            began = json.loads(config.read_text())
+        except (OSError, ValueError) as error:
+            fail(f"{config}: cannot be read ({error})")
+        changed = [f"--{name} {value} (was {began.get(name)})" for name, value in vars(args).items()
+                   if name not in free and began.get(name) != value]
+        if changed:
+            fail(f"--resume wants the flags that {run_dir} began with: {', '.join(changed)}")
 
 # --- prompts -------------------------------------------------------------------------------------
 
@@ -344,6 +366,7 @@ def generate(llm, questions, n, seed, max_tokens, **sampling):
     from vllm import SamplingParams
     # One global seed, none a request: the latter crashes on CPU, the former repeats bit for bit.
     torch.manual_seed(seed)
+    llm.reset_prefix_cache()  # nor may what was computed before show in the last bit (--resume)
     params = SamplingParams(n=n, max_tokens=max_tokens, logprobs=0, flat_logprobs=True, **sampling)
     prompts = [dict(prompt_token_ids=q["prompt_ids"]) for q in questions]
     outputs = llm.generate(prompts, params, use_tqdm=False)
@@ -374,6 +397,31 @@ def sample_groups(llm, verifier, tokenizer, questions, first_row, step, args):
                 messages = teacher_messages(question["messages"], shown)
                 r.teacher_prompt_ids = render(tokenizer, messages, args.enable_thinking)
     return rollouts
+
+# What SIGTERM and Ctrl-C leave: when the first one came, and whether one may break off the sampling.
+stop = dict(asked=None, breaks=False)
+
+def on_signal(number, _):
+    """The first ends the run in good order; one more than a second later, at once."""
+    if stop["asked"] and time.time() > stop["asked"] + 1:
+        os._exit(128 + number)
+    stop["asked"] = stop["asked"] or time.time()
+    if stop["breaks"]:
+        raise KeyboardInterrupt
+
+def until_stopped(sample, *args):
+    """sample(*args), or nothing if a signal comes first; only where no rank waits for another."""
+    try:
+        stop["breaks"] = True
+        return [] if stop["asked"] else sample(*args)
+    except KeyboardInterrupt:
+        return []
+    finally:
+        stop["breaks"] = False
+
+def stopped():
+    """Whether a signal has reached any rank: all of them hear the same."""
+    return any(exchange([stop["asked"] is not None]))
 
 def exchange(items):
     """Every rank's list, joined in the order of the ranks."""
@@ -497,6 +545,8 @@ def backward(ddp, teacher, minibatch, hand, old):
     # A rank with an empty hand still has to join the all-reduce, with a gradient of 0.
     batches = micro_batches(hand, args.tokens_per_micro_batch) or [minibatch[:1]]
     for i, micro in enumerate(batches):
+        if stop["asked"] and old is None and i < len(batches) - 1:
+            continue  # the step will not be made
         vllm = torch.from_numpy(np.concatenate([r.logprobs for r in micro])).to(device)
         weight = torch.tensor([weights[id(r)] if hand else 0.0 for r in micro for _ in r.logprobs],
                               device=device)
@@ -522,12 +572,15 @@ def check_engine(stats, device):
     """
     limit = 1e-3 if device.type == "cpu" else 0.1
     mismatch = sum(s["gap"] for s in stats) / sum(s["tokens"] for s in stats)
-    if not mismatch <= limit:
+    if mismatch > limit:  # NaN is not vLLM's fault: see update
         sys.exit(f"error: vLLM's log-probabilities are {mismatch:.3g} a token away from the "
                  f"trainer's (limit {limit}): its weights are stale. This update was not made.")
 
 def update(ddp, teacher, optimizer, rollouts):
-    """One optimizer step a mini-batch; returns the metrics. Every rank holds all the rollouts."""
+    """One optimizer step a mini-batch; returns the metrics. Every rank holds all the rollouts.
+
+    None if a signal came before the first of them: the weights are those of the step before.
+    """
     student, args, minibatches = ddp.module, ddp.module.args, []
     for first in range(0, args.questions_per_step, args.minibatch_questions):
         rows = range(first, first + args.minibatch_questions)
@@ -541,6 +594,8 @@ def update(ddp, teacher, optimizer, rollouts):
     for i, (minibatch, hand) in enumerate(minibatches):
         optimizer.zero_grad(set_to_none=True)
         stats += backward(ddp, teacher, minibatch, hand, old if i else None)
+        if i == 0 and stopped():
+            return None
         check_engine(stats, student.device)
         norms.append(torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0).item())  # Table 8
         if math.isfinite(norms[-1]):
@@ -551,7 +606,8 @@ def update(ddp, teacher, optimizer, rollouts):
                 mismatch=sum(s["gap"] for s in stats) / max(1, tokens),
                 mismatch_max=max((s["gap_max"] for s in stats), default=0.0),
                 clipped=sum(s["clipped"] for s in stats) / max(1, tokens),
-                updates=sum(map(math.isfinite, norms)), trained_tokens=tokens)
+                updates=sum(map(math.isfinite, norms)), trained_tokens=tokens,
+                skipped=len(norms) - sum(map(math.isfinite, norms)))
 
 # --- run -----------------------------------------------------------------------------------------
 
@@ -562,6 +618,12 @@ def follow(teacher, student, averaged, ema):
     """
     for t, s, mean in zip(teacher.parameters(), student.parameters(), averaged):
         t.copy_(mean.lerp_(s.detach().to(mean), ema))
+
+def load_teacher(folder, teacher, averaged):
+    """The moving teacher as it was at the checkpoint."""
+    saved = torch.load(folder / "trainer_state_0.pt", mmap=True, weights_only=True)["teacher"]
+    for i, (t, mean) in enumerate(zip(teacher.parameters(), averaged)):
+        t.copy_(mean.copy_(saved[i]))
 
 def start_process_group():
     """torchrun's group, or under plain python one of a single process; returns its device."""
@@ -619,13 +681,96 @@ def write_lines(path, rows):
     aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
     aside.rename(path)
 
-def save_checkpoint(model, tokenizer, step, args):
-    """An ordinary Hugging Face folder, written aside and renamed."""
+def save_checkpoint(model, tokenizer, step, state, args):
+    """A Hugging Face folder with every rank's trainer state in it, whole or not there at all.
+
+    Written aside, sealed with a manifest, renamed; then all but the newest --keep_checkpoints go.
+    """
     folder = Path(args.run_dir) / f"checkpoints/step_{step}"
-    aside = folder.with_name(folder.name + ".part")
-    model.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    aside.rename(folder)
+    aside, rank = folder.with_name(folder.name + ".part"), dist.get_rank()
+    try:
+        if rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)  # of a killed run
+            model.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
+        exchange([])  # the folder is there
+        torch.save(state, aside / f"trainer_state_{rank}.pt")
+        exchange([])  # all ranks have written
+        if rank == 0:
+            manifest = {path.name: seal(path) for path in sorted(aside.iterdir())}
+            write_lines(aside / "manifest.json", [manifest])
+            shutil.rmtree(folder, ignore_errors=True)  # damaged, or the run would not be here
+            aside.rename(folder)
+            for old in checkpoints(args.run_dir)[args.keep_checkpoints:]:
+                shutil.rmtree(old)
+    except Exception as error:  # torch's and safetensors' own, where the disk is full
+        sys.exit(f"error: {aside}: cannot be written ({str(error).splitlines()[0]}); the "
+                 f"checkpoints before it are whole: make room, and go on with --resume")
+
+def seal(path):
+    """(bytes, SHA-256) of a file, after it has reached the disk."""
+    with open(path, "rb") as f:
+        os.fsync(f.fileno())
+        return path.stat().st_size, hashlib.file_digest(f, "sha256").hexdigest()
+
+def checkpoints(run_dir):
+    """The run's checkpoint folders, newest first; .part ones are none."""
+    found = [p for p in Path(run_dir).glob("checkpoints/step_*") if p.suffix != ".part"]
+    return sorted(found, key=lambda p: -int(p.name[5:]))
+
+def damage(folder):
+    """What is wrong with a checkpoint, by its manifest; None if nothing is."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        wrong = [name for name, sealed in manifest.items() if [*seal(folder / name)] != sealed]
+    except (OSError, ValueError) as error:
+        return str(error)
+    return f"{', '.join(wrong)}: not what was written" if wrong else None
+
+def resume_point(args):
+    """(step, folder) to go on from; (0, None) for a new run. Metrics behind it are taken away."""
+    point = (0, None)
+    if args.resume and dist.get_rank() == 0:
+        for folder in checkpoints(args.run_dir):
+            wrong = damage(folder)
+            if wrong is None:
+                point = (int(folder.name[5:]), folder)
+                break
+            print(f"{folder} is damaged ({wrong}): the one before it is used", file=sys.stderr)
+        metrics = Path(args.run_dir) / "metrics.jsonl"
+        if metrics.exists():
+            lines = [json.loads(line) for line in metrics.read_text().splitlines(True)
+                     if line.endswith("\n")]
+            write_lines(metrics, [m for m in lines if m["step"] <= point[0]])
+        print(f"{args.run_dir}: goes on behind step {point[0]}", flush=True)
+    return exchange([point])[0]
+
+def optimizer_parameters(model, optimizer):
+    """{name: parameter as the optimizer has it}: all of them, or the masters that are this rank's."""
+    names, held = [name for name, _ in model.named_parameters()], optimizer.param_groups[0]["params"]
+    if isinstance(optimizer, MasterAdamW):
+        names = [n for i, n in enumerate(names) if optimizer.owner[i] == dist.get_rank()]
+    return dict(zip(names, held, strict=True))
+
+def trainer_state(model, optimizer):
+    """{name: its tensors}, what this rank alone knows. No random numbers: all are drawn from
+    (seed, step, row), and the data order from (seed, step)."""
+    if dist.get_rank() and not isinstance(optimizer, MasterAdamW):
+        return {}  # the same on every rank
+    return {name: dict(optimizer.state[p], value=p.detach())
+            for name, p in optimizer_parameters(model, optimizer).items()}
+
+def load_trainer_state(folder, model, optimizer):
+    """Gives the optimizer its tensors back, whichever rank has written them."""
+    held, files = optimizer_parameters(model, optimizer), sorted(folder.glob("trainer_state_*.pt"))
+    for path in files:
+        for name, tensors in torch.load(path, mmap=True, weights_only=True).items():
+            if name in held:
+                held[name].data.copy_(tensors.pop("value"))
+                optimizer.state[held[name]] = {k: v.clone() for k, v in tensors.items()}
+    if len(files) != dist.get_world_size() and dist.get_rank() == 0:
+        print(f"{folder} was written by {len(files)} ranks and goes on with "
+              f"{dist.get_world_size()}: the same weights, another sequence of random numbers")
 
 def averages(rollouts):
     """What people watch: score, length in tokens, epistemic markers, share of cut answers."""
@@ -661,6 +806,19 @@ def evaluate(llm, verifier, benchmarks, step, args):
             tqdm.write(f"  eval {name:10s} score {s['score']:.3f}  len {s['length']:6,.0f}  "
                        f"epistemic {s['epistemic']:5.1f}")
     return summary
+
+def report_skipped(run_dir, step, rollouts, in_a_row):
+    """An update with an infinite or undefined gradient was not made: keeps all that it was made of.
+
+    Ends the run at the third step in a row: what has gone wrong does not mend itself.
+    """
+    path = run_dir / f"rollouts/step_{step}_skipped.jsonl"
+    if dist.get_rank() == 0:
+        write_lines(path, [record(r, row=r.row) for r in rollouts])
+        tqdm.write(f"step {step}: gradient infinite or undefined, update skipped; rollouts in {path}")
+    if in_a_row == 3:
+        sys.exit("error: three steps in a row without a usable gradient: lower --lr, or go on from "
+                 "an earlier checkpoint with --resume")
 
 def tick(clock, phase):
     """Ends a phase of the step: adds its name, the time, and the memory it has come to, in bytes.
@@ -706,10 +864,12 @@ def main():
     transformers.logging.disable_progress_bar()
     offload, vllm_share = memory_plan(args, config, copies=3)
     llm = make_engine(args, device, vllm_share)
-    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=DTYPE[device.type])
-    model.to(device)
+    began, folder = resume_point(args)
+    load = functools.partial(transformers.AutoModelForCausalLM.from_pretrained,
+                             dtype=DTYPE[device.type])
+    model = load(folder or args.model).to(device)
     # The teacher: the initial weights, for ever (Sec. 5.4) unless --ema moves them.
-    teacher = copy.deepcopy(model).requires_grad_(False)
+    teacher = load(args.model).to(device).requires_grad_(False)
     # in CPU memory, once a step; there is no copy where the teacher is float32 on a CPU
     averaged = [t.to("cpu", torch.float32) for t in teacher.parameters()] if args.ema else []
     if device.type == "cuda":
@@ -721,10 +881,14 @@ def main():
         optimizer = MasterAdamW(model.parameters(), "cpu" if offload else device, **how)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), **how)
+    if folder:
+        load_trainer_state(folder, model, optimizer)
+        if args.ema:
+            load_teacher(folder, teacher, averaged)
     sync_weights(llm, model)
 
     run_dir = Path(args.run_dir)
-    if rank == 0:
+    if rank == 0 and not began:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
                                 capture_output=True, text=True).stdout.strip()
         write_lines(run_dir / "config.json", [dict(
@@ -736,22 +900,38 @@ def main():
         print(f"{args.model}: {model.num_parameters():,} parameters, {len(questions):,} questions, "
               f"{world_size} x {device.type}; results in {run_dir}", flush=True)
     stream = question_stream(questions, args.seed)
-    share = args.questions_per_step // world_size
+    stream = itertools.islice(stream, began * args.questions_per_step, None)
+    share, saved, skipped = args.questions_per_step // world_size, began, 0
+
+    def save(step):
+        state = trainer_state(model, optimizer)
+        if args.ema and rank == 0:
+            state["teacher"] = dict(enumerate(averaged))
+        save_checkpoint(model, tokenizer, step, state, args)
+        return step
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
     with Verifier() as verifier:
-        evaluate(llm, verifier, benchmarks, 0, args)
-        for step in tqdm(range(1, args.steps + 1), disable=True if rank else None):
+        if not began:
+            evaluate(llm, verifier, benchmarks, 0, args)
+        bar = tqdm(range(began + 1, args.steps + 1), initial=began, total=args.steps,
+                   disable=True if rank else None)
+        for step in bar:
             clock = []
             tick(clock, "start")
             batch = list(itertools.islice(stream, args.questions_per_step))
             mine = batch[rank * share : (rank + 1) * share]
-            rollouts = exchange(sample_groups(llm, verifier, tokenizer, mine, rank * share, step,
-                                              args))
+            rollouts = exchange(until_stopped(sample_groups, llm, verifier, tokenizer, mine,
+                                              rank * share, step, args))
             tick(clock, "rollout")
             sleep(llm)
             lr = args.lr * min(1, step / max(1, args.warmup_steps))
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            metrics = update(ddp, teacher, optimizer, rollouts)
+            metrics = None if stopped() else update(ddp, teacher, optimizer, rollouts)
+            if metrics is None:
+                step -= 1
+                break
             tick(clock, "update")
             if args.ema:  # once a step, after all its updates
                 follow(teacher, model, averaged, args.ema)
@@ -760,11 +940,18 @@ def main():
             if step % args.eval_every == 0 or step == args.steps:
                 evaluate(llm, verifier, benchmarks, step, args)
                 tick(clock, "eval")
-            if rank == 0 and (step % args.save_every == 0 or step == args.steps):
-                save_checkpoint(model, tokenizer, step, args)
-                tick(clock, "save")
             if rank == 0:
                 log(run_dir, step, rollouts, metrics, lr, clock)
+            skipped = skipped + 1 if metrics["skipped"] else 0
+            if skipped:
+                report_skipped(run_dir, step, rollouts, skipped)
+            if step % args.save_every == 0 or step == args.steps:
+                saved = save(step)
+        if stopped():
+            if saved < step:
+                save(step)
+            if rank == 0:
+                print(f"stopped behind step {step}: the same command with --resume goes on", flush=True)
     llm.llm_engine.engine_core.shutdown()  # left open, it prints tracebacks at exit
     del ddp  # freed after the group is gone, it can hang (gloo, torch 2.13)
     if dist.is_initialized():
