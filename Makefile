@@ -22,7 +22,7 @@ sdpo_without_think := $(sdpo) --demonstration without_think
 sdpo_ema := $(sdpo) --ema 0.05
 sdpo_8 := $(sdpo) --num_questions 8
 
-.PHONY: demo study seed test
+.PHONY: demo study seed test test-kill
 demo: .venv/installed
 	rm -rf runs/demo
 	$(MAKE) --no-print-directory runs/demo/sft/summary.json $(call ended,grpo sdpo)
@@ -51,6 +51,8 @@ $(OUT)/%/checkpoints/step_$(STEPS):
 
 test: .venv/installed
 	$(QUIET) $(BIN)/python -m pytest -q -p no:cacheprovider tests
+test-kill: .venv/installed
+	$(BIN)/python tests/kill.py
 
 # Without a GPU the CPU build of torch comes first, or vLLM's requirements bring several GB of CUDA.
 # Where the default index has none under this version, PyTorch's own index of CPU wheels has. The three

@@ -131,6 +131,14 @@ def load_tokenizer(args):
              f"({str(error).strip().splitlines()[0]})")
     if tokenizer.chat_template is None:
         fail(f"--model {args.model}: its tokenizer has no chat template")
+    if len(tokenizer) > config.vocab_size:
+        fail(f"--model {args.model}: the tokenizer has {len(tokenizer):,} tokens and the model "
+             f"{config.vocab_size:,}: they do not belong together")
+    if tokenizer.eos_token_id is None:
+        fail(f"--model {args.model}: its tokenizer has no end token, so no answer would end")
+    if args.enable_thinking and int(os.environ.get("RANK", 0)) == 0 and not any(
+            word in str(tokenizer.chat_template) for word in ("enable_thinking", "<think>")):
+        print(f"{args.model}: its chat template knows no thinking; --no-enable_thinking is the same")
     return tokenizer, config
 
 def render(tokenizer, messages, enable_thinking):

@@ -131,6 +131,9 @@ def check_run_dir(args):
     if not args.resume and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         fail(f"--run_dir {run_dir} already holds results: name another folder, remove it, or go on "
              f"with --resume")
+    there = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK):
+        fail(f"--run_dir {run_dir}: {there} cannot be written to")
     if args.resume and config.exists():
         free = {"resume", "steps", "eval_data", "eval_rollouts", "eval_every", "save_every",
                 "keep_checkpoints", "offload_optimizer"}
@@ -156,6 +159,14 @@ def load_tokenizer(args):
              f"({str(error).strip().splitlines()[0]})")
     if tokenizer.chat_template is None:
         fail(f"--model {args.model}: its tokenizer has no chat template")
+    if len(tokenizer) > config.vocab_size:
+        fail(f"--model {args.model}: the tokenizer has {len(tokenizer):,} tokens and the model "
+             f"{config.vocab_size:,}: they do not belong together")
+    if tokenizer.eos_token_id is None:
+        fail(f"--model {args.model}: its tokenizer has no end token, so no answer would end")
+    if args.enable_thinking and int(os.environ.get("RANK", 0)) == 0 and not any(
+            word in str(tokenizer.chat_template) for word in ("enable_thinking", "<think>")):
+        print(f"{args.model}: its chat template knows no thinking; --no-enable_thinking is the same")
     return tokenizer, config
 
 def render(tokenizer, messages, enable_thinking):

@@ -23,6 +23,7 @@ stay where they are on d_ug, and fall at once on d_sg.
 """
 import argparse
 import contextlib
+import hashlib
 import copy
 import itertools
 import json
@@ -31,6 +32,8 @@ import math
 import os
 import random
 import resource
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -83,6 +86,9 @@ def parse_args(argv=None):
     add("--eval_rollouts", type=positive, default=16, help="answers to a question: acc@n")
     add("--eval_every", type=positive, default=25, help="updates; also before the first")
     add("--save_every", type=positive, default=25, help="updates; also after the last")
+    add("--keep_checkpoints", type=positive, default=2, help="the newest")
+    add("--resume", action="store_true",
+        help="go on from the newest whole checkpoints in --run_dir, with the same flags")
     return parser.parse_args(argv)
 
 def fail(message):
@@ -98,9 +104,36 @@ def check_args(args):
         names = [Path(source).stem for source in sources]
         if len({*names, "base"}) <= len(names) if flag == "--data" else len({*names}) < len(names):
             fail(f"{flag}: two have one name ({' '.join(names)}); base is the untrained model's")
-    run_dir = Path(args.run_dir)
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        fail(f"--run_dir {run_dir} already holds results: name another folder or remove it")
+    check_run_dir(args)
+    for path in args.data:
+        check_run_dir(arguments_of(args, path))
+
+def arguments_of(args, path):
+    """Each data set's run has a folder of its own."""
+    run = copy.copy(args)
+    run.run_dir, run.data = str(Path(args.run_dir) / Path(path).stem), path
+    return run
+
+def check_run_dir(args):
+    """A new run wants a new folder; a resumed one its own, and the flags it began with."""
+    run_dir, config = Path(args.run_dir), Path(args.run_dir) / "config.json"
+    if not args.resume and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        fail(f"--run_dir {run_dir} already holds results: name another folder, remove it, or go on "
+             f"with --resume")
+    there = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK):
+        fail(f"--run_dir {run_dir}: {there} cannot be written to")
+    if args.resume and config.exists():
+        free = {"resume", "steps", "eval_data", "eval_rollouts", "eval_every", "save_every",
+                "keep_checkpoints", "offload_optimizer"}
+        try:
+            began = json.loads(config.read_text())
+        except (OSError, ValueError) as error:
+            fail(f"{config}: cannot be read ({error})")
+        changed = [f"--{name} {value} (was {began.get(name)})" for name, value in vars(args).items()
+                   if name not in free and began.get(name) != value]
+        if changed:
+            fail(f"--resume wants the flags that {run_dir} began with: {', '.join(changed)}")
 
 # --- prompts -------------------------------------------------------------------------------------
 
@@ -115,6 +148,14 @@ def load_tokenizer(args):
              f"({str(error).strip().splitlines()[0]})")
     if tokenizer.chat_template is None:
         fail(f"--model {args.model}: its tokenizer has no chat template")
+    if len(tokenizer) > config.vocab_size:
+        fail(f"--model {args.model}: the tokenizer has {len(tokenizer):,} tokens and the model "
+             f"{config.vocab_size:,}: they do not belong together")
+    if tokenizer.eos_token_id is None:
+        fail(f"--model {args.model}: its tokenizer has no end token, so no answer would end")
+    if args.enable_thinking and int(os.environ.get("RANK", 0)) == 0 and not any(
+            word in str(tokenizer.chat_template) for word in ("enable_thinking", "<think>")):
+        print(f"{args.model}: its chat template knows no thinking; --no-enable_thinking is the same")
     return tokenizer, config
 
 def render(tokenizer, messages, enable_thinking):
@@ -263,6 +304,7 @@ def generate(llm, questions, n, seed, max_tokens, **sampling):
     from vllm import SamplingParams
     # One global seed, none a request: the latter crashes on CPU, the former repeats bit for bit.
     torch.manual_seed(seed)
+    llm.reset_prefix_cache()  # nor may what was computed before show in the last bit (--resume)
     params = SamplingParams(n=n, max_tokens=max_tokens, logprobs=0, flat_logprobs=True, **sampling)
     prompts = [dict(prompt_token_ids=q["prompt_ids"]) for q in questions]
     outputs = llm.generate(prompts, params, use_tqdm=False)
@@ -277,6 +319,21 @@ def mark(verifier, groups, questions, **how):
     for r, reward in zip(rollouts, verifier.verify([r.text for r in rollouts], golds, **how)):
         r.reward = reward
     return rollouts
+
+# What SIGTERM and Ctrl-C leave: when the first one came, and whether one may break off the sampling.
+stop = dict(asked=None, breaks=False)
+
+def on_signal(number, _):
+    """The first ends the run in good order; one more than a second later, at once."""
+    if stop["asked"] and time.time() > stop["asked"] + 1:
+        os._exit(128 + number)
+    stop["asked"] = stop["asked"] or time.time()
+    if stop["breaks"]:
+        raise KeyboardInterrupt
+
+def stopped():
+    """Whether a signal has reached any rank: all of them hear the same."""
+    return any(exchange([stop["asked"] is not None]))
 
 def exchange(items):
     """Every rank's list, joined in the order of the ranks."""
@@ -397,6 +454,7 @@ def update(ddp, optimizer, minibatch):
     if math.isfinite(norm):
         optimizer.step()
     return dict(loss=loss, grad_norm=norm, updates=int(math.isfinite(norm)),
+                skipped=int(not math.isfinite(norm)),
                 trained_tokens=sum(len(r.response_ids) for r in minibatch))
 
 # --- run -----------------------------------------------------------------------------------------
@@ -451,13 +509,96 @@ def write_lines(path, rows):
     aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
     aside.rename(path)
 
-def save_checkpoint(model, tokenizer, step, args):
-    """An ordinary Hugging Face folder, written aside and renamed."""
+def save_checkpoint(model, tokenizer, step, state, args):
+    """A Hugging Face folder with every rank's trainer state in it, whole or not there at all.
+
+    Written aside, sealed with a manifest, renamed; then all but the newest --keep_checkpoints go.
+    """
     folder = Path(args.run_dir) / f"checkpoints/step_{step}"
-    aside = folder.with_name(folder.name + ".part")
-    model.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    aside.rename(folder)
+    aside, rank = folder.with_name(folder.name + ".part"), dist.get_rank()
+    try:
+        if rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)  # of a killed run
+            model.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
+        exchange([])  # the folder is there
+        torch.save(state, aside / f"trainer_state_{rank}.pt")
+        exchange([])  # all ranks have written
+        if rank == 0:
+            manifest = {path.name: seal(path) for path in sorted(aside.iterdir())}
+            write_lines(aside / "manifest.json", [manifest])
+            shutil.rmtree(folder, ignore_errors=True)  # damaged, or the run would not be here
+            aside.rename(folder)
+            for old in checkpoints(args.run_dir)[args.keep_checkpoints:]:
+                shutil.rmtree(old)
+    except Exception as error:  # torch's and safetensors' own, where the disk is full
+        sys.exit(f"error: {aside}: cannot be written ({str(error).splitlines()[0]}); the "
+                 f"checkpoints before it are whole: make room, and go on with --resume")
+
+def seal(path):
+    """(bytes, SHA-256) of a file, after it has reached the disk."""
+    with open(path, "rb") as f:
+        os.fsync(f.fileno())
+        return path.stat().st_size, hashlib.file_digest(f, "sha256").hexdigest()
+
+def checkpoints(run_dir):
+    """The run's checkpoint folders, newest first; .part ones are none."""
+    found = [p for p in Path(run_dir).glob("checkpoints/step_*") if p.suffix != ".part"]
+    return sorted(found, key=lambda p: -int(p.name[5:]))
+
+def damage(folder):
+    """What is wrong with a checkpoint, by its manifest; None if nothing is."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        wrong = [name for name, sealed in manifest.items() if [*seal(folder / name)] != sealed]
+    except (OSError, ValueError) as error:
+        return str(error)
+    return f"{', '.join(wrong)}: not what was written" if wrong else None
+
+def resume_point(args):
+    """(step, folder) to go on from; (0, None) for a new run. Metrics behind it are taken away."""
+    point = (0, None)
+    if args.resume and dist.get_rank() == 0:
+        for folder in checkpoints(args.run_dir):
+            wrong = damage(folder)
+            if wrong is None:
+                point = (int(folder.name[5:]), folder)
+                break
+            print(f"{folder} is damaged ({wrong}): the one before it is used", file=sys.stderr)
+        metrics = Path(args.run_dir) / "metrics.jsonl"
+        if metrics.exists():
+            lines = [json.loads(line) for line in metrics.read_text().splitlines(True)
+                     if line.endswith("\n")]
+            write_lines(metrics, [m for m in lines if m["step"] <= point[0]])
+        print(f"{args.run_dir}: goes on behind step {point[0]}", flush=True)
+    return exchange([point])[0]
+
+def optimizer_parameters(model, optimizer):
+    """{name: parameter as the optimizer has it}: all of them, or the masters that are this rank's."""
+    names, held = [name for name, _ in model.named_parameters()], optimizer.param_groups[0]["params"]
+    if isinstance(optimizer, MasterAdamW):
+        names = [n for i, n in enumerate(names) if optimizer.owner[i] == dist.get_rank()]
+    return dict(zip(names, held, strict=True))
+
+def trainer_state(model, optimizer):
+    """{name: its tensors}, what this rank alone knows. No random numbers: all are drawn from
+    (seed, step, row), and the data order from (seed, step)."""
+    if dist.get_rank() and not isinstance(optimizer, MasterAdamW):
+        return {}  # the same on every rank
+    return {name: dict(optimizer.state[p], value=p.detach())
+            for name, p in optimizer_parameters(model, optimizer).items()}
+
+def load_trainer_state(folder, model, optimizer):
+    """Gives the optimizer its tensors back, whichever rank has written them."""
+    held, files = optimizer_parameters(model, optimizer), sorted(folder.glob("trainer_state_*.pt"))
+    for path in files:
+        for name, tensors in torch.load(path, mmap=True, weights_only=True).items():
+            if name in held:
+                held[name].data.copy_(tensors.pop("value"))
+                optimizer.state[held[name]] = {k: v.clone() for k, v in tensors.items()}
+    if len(files) != dist.get_world_size() and dist.get_rank() == 0:
+        print(f"{folder} was written by {len(files)} ranks and goes on with "
+              f"{dist.get_world_size()}: the same weights, another sequence of random numbers")
 
 def averages(rollouts):
     """What people watch: score, length in tokens, epistemic markers, share of cut answers."""
@@ -494,6 +635,19 @@ def evaluate(llm, verifier, benchmarks, step, args):
                        f"epistemic {s['epistemic']:5.1f}")
     return summary
 
+def report_skipped(run_dir, step, rollouts, in_a_row):
+    """An update with an infinite or undefined gradient was not made: keeps all that it was made of.
+
+    Ends the run at the third step in a row: what has gone wrong does not mend itself.
+    """
+    path = run_dir / f"rollouts/step_{step}_skipped.jsonl"
+    if dist.get_rank() == 0:
+        write_lines(path, [record(r, row=r.row) for r in rollouts])
+        tqdm.write(f"step {step}: gradient infinite or undefined, update skipped; rollouts in {path}")
+    if in_a_row == 3:
+        sys.exit("error: three steps in a row without a usable gradient: lower --lr, or go on from "
+                 "an earlier checkpoint with --resume")
+
 def tick(clock, phase):
     """Ends a phase of the step: adds its name, the time, and the memory it has come to, in bytes.
 
@@ -517,12 +671,20 @@ def log(run_dir, step, minibatch, metrics, lr, clock):
     with open(run_dir / "metrics.jsonl", "a") as f:
         f.write(json.dumps(m) + "\n")
 
-def train(path, examples, llm, verifier, tokenizer, benchmarks, device, offload, args):
-    """From --model on one data set; returns the evaluation after the last update."""
+def train(examples, llm, verifier, tokenizer, benchmarks, device, offload, args):
+    """From --model on one data set; returns the evaluation after the last update, or None where a
+    signal has ended it before."""
     import transformers
     rank, run_dir = dist.get_rank(), Path(args.run_dir)
-    model = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=DTYPE[device.type])
-    model.to(device)
+    rng, batches = random.Random(args.seed), []
+    for _ in range(args.epochs):
+        order = rng.sample(examples, len(examples))
+        batches += [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)]
+    began, folder = resume_point(args)
+    if began == len(batches):
+        return json.loads((run_dir / f"eval/step_{began}.json").read_text())
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder or args.model,
+                                                              dtype=DTYPE[device.type]).to(device)
     if device.type == "cuda":
         model.gradient_checkpointing_enable(dict(use_reentrant=False))
         model.train()
@@ -532,20 +694,18 @@ def train(path, examples, llm, verifier, tokenizer, benchmarks, device, offload,
         optimizer = MasterAdamW(model.parameters(), "cpu" if offload else device, **how)
     else:
         optimizer = torch.optim.AdamW(model.parameters(), **how)
-    if rank == 0:
+    if folder:
+        load_trainer_state(folder, model, optimizer)
+    elif rank == 0:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
                                 capture_output=True, text=True).stdout.strip()
         write_lines(run_dir / "config.json", [dict(
-            vars(args), data=path, script="sft_distill.py", commit=commit,
-            world_size=dist.get_world_size(),
+            vars(args), script="sft_distill.py", commit=commit, world_size=dist.get_world_size(),
             versions=dict(torch=torch.__version__, transformers=transformers.__version__))])
-        print(f"{path}: {len(examples):,} examples; results in {run_dir}", flush=True)
-    rng, batches = random.Random(args.seed), []
-    for _ in range(args.epochs):
-        order = rng.sample(examples, len(examples))
-        batches += [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)]
-    bar = tqdm(batches, disable=True if rank else None)
-    for step, minibatch in enumerate(bar, 1):
+        print(f"{args.data}: {len(examples):,} examples; results in {run_dir}", flush=True)
+    skipped = 0
+    bar = tqdm(batches[began:], initial=began, total=len(batches), disable=True if rank else None)
+    for step, minibatch in enumerate(bar, began + 1):
         clock = []
         tick(clock, "start")
         lr = learning_rate(step, len(batches), args)
@@ -562,11 +722,18 @@ def train(path, examples, llm, verifier, tokenizer, benchmarks, device, offload,
             summary = evaluate(llm, verifier, benchmarks, step, args)
             sleep(llm)
             tick(clock, "eval")
-        if rank == 0 and (step % args.save_every == 0 or step == len(batches)):
-            save_checkpoint(model, tokenizer, step, args)
-            tick(clock, "save")
         if rank == 0:
             log(run_dir, step, minibatch, metrics, lr, clock)
+        skipped = skipped + 1 if metrics["skipped"] else 0
+        if skipped:
+            report_skipped(run_dir, step, minibatch, skipped)
+        asked = step < len(batches) and stopped()
+        if asked or step % args.save_every == 0 or step == len(batches):
+            save_checkpoint(model, tokenizer, step, trainer_state(model, optimizer), args)
+        if asked:
+            if rank == 0:
+                print(f"stopped behind step {step}: the same command with --resume goes on", flush=True)
+            return None
     return summary
 
 def table(rows):
@@ -596,21 +763,25 @@ def main():
     offload, vllm_share = memory_plan(args, config, copies=2)
     llm = make_engine(args, device, vllm_share)
 
-    def arguments_of(name):  # each data set's run has a folder of its own
-        run = copy.copy(args)
-        run.run_dir = str(Path(args.run_dir) / name)
-        return run
-
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
     with Verifier() as verifier:
-        sync_weights(llm, transformers.AutoModelForCausalLM.from_pretrained(
-            args.model, dtype=DTYPE[device.type]))
-        rows = dict(base=evaluate(llm, verifier, benchmarks, 0, arguments_of("base")))
-        sleep(llm)
+        base = arguments_of(args, "base")
+        summary = Path(base.run_dir) / "eval/step_0.json"
+        if args.resume and summary.exists():
+            rows = dict(base=json.loads(summary.read_text()))
+        else:
+            sync_weights(llm, transformers.AutoModelForCausalLM.from_pretrained(
+                args.model, dtype=DTYPE[device.type]))
+            rows = dict(base=evaluate(llm, verifier, benchmarks, 0, base))
+            sleep(llm)
         for path, examples in data.items():
-            name = Path(path).stem
-            rows[f"SFT on {name}"] = train(path, examples, llm, verifier, tokenizer, benchmarks,
-                                           device, offload, arguments_of(name))
-    if dist.get_rank() == 0:
+            row = train(examples, llm, verifier, tokenizer, benchmarks, device, offload,
+                        arguments_of(args, path))
+            if row is None:
+                break
+            rows[f"SFT on {Path(path).stem}"] = row
+    if dist.get_rank() == 0 and len(rows) > len(data):
         write_lines(Path(args.run_dir) / "summary.json", [dict(vars(args), rows=rows)])
         print(f"\n{args.model}, {args.eval_rollouts} answers to a question\n\n{table(rows)}")
     llm.llm_engine.engine_core.shutdown()  # left open, it prints tracebacks at exit

@@ -342,7 +342,8 @@ def test_training_goes_through_all_examples_each_epoch(tmp_path, monkeypatch, al
         "--model", str(ROOT / "toy/model"), "--data", "d.jsonl", "--epochs", "3", "--batch_size",
         "4", "--lr", "1e-3", "--eval_every", "4", "--save_every", "9", "--run_dir",
         str(tmp_path / "d")])
-    last = sft_distill.train("d.jsonl", make_batch(10), None, None, tokenizer, {}, CPU, False, args)
+    args.data = "d.jsonl"
+    last = sft_distill.train(make_batch(10), None, None, tokenizer, {}, CPU, False, args)
     assert last == dict(step=9) and [len(rows) for rows in seen] == [4, 4, 2] * 3
     epochs = [sum(seen[i : i + 3], []) for i in (0, 3, 6)]
     assert all(sorted(rows) == list(range(10)) for rows in epochs) and epochs[0] != epochs[1]

@@ -1,0 +1,165 @@
+"""Kills a run with SIGKILL again and again, resumes it each time, and compares the end with that of a
+run that nobody touched: the same metrics (all but times and memory) and the same weights, byte for byte.
+
+    python tests/kill.py                      # sdpo.py, 20 kills, 1 rank and 2 ranks
+    python tests/kill.py --script grpo.py --kills 6 --ranks 2
+
+A kill's moment is drawn: a phase of the step (sampling, verification, update, weight sync, saving) and a
+time within it. What is printed is the phase that the trainer itself had noted when it died.
+"""
+import argparse
+import collections
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PHASES = {  # the function that is the phase, and its length on the toy, seconds
+    "sampling": ("generate", 2.0),
+    "verification": ("mark", 0.1),
+    "update": ("update", 1.5),
+    "weight sync": ("sync_weights", 0.02),
+    "saving": ("save_checkpoint", 0.1),
+}
+
+
+def trainer():
+    """The script's main(), with the running phase noted in a file. Runs in a process of its own."""
+    script, note, *argv = sys.argv[2:]
+    sys.path.insert(0, str(ROOT))
+    module = __import__(Path(script).stem)
+    speaks = os.environ.get("RANK", "0") == "0"
+
+    def noted(phase, function):
+        def call(*args, **kwargs):
+            if speaks:
+                Path(note).write_text(phase)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                if speaks:
+                    Path(note).write_text("between")
+        return call
+    for phase, (name, _) in PHASES.items():
+        setattr(module, name, noted(phase, getattr(module, name)))
+    sys.argv = [script, *argv]
+    module.main()
+
+
+def start(script, ranks, note, argv):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+              "--nproc_per_node", str(ranks)] if ranks > 1 else [sys.executable]
+    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore", TORCH_CPP_LOG_LEVEL="ERROR")
+    log = open(note.with_suffix(".log"), "a")
+    return subprocess.Popen([*launch, __file__, "trainer", script, str(note), *map(str, argv)],
+                            cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
+
+
+def kill_family(pid):
+    """SIGKILL for a process and all below it, none of whom gets to say a word."""
+    children = collections.defaultdict(list)
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue  # gone meanwhile
+        children[int(fields[1])].append(int(stat.parent.name))
+    family, look = [], [pid]
+    while look:
+        family.append(look.pop())
+        look += children[family[-1]]
+    for member in family:
+        try:
+            os.kill(member, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
+def outcome(run_dir, steps):
+    """(metrics without times and memory, SHA-256 of the last weights)."""
+    kept = [{k: v for k, v in json.loads(line).items()
+             if k not in ("seconds", "tokens_per_second", "peak_memory_gb")}
+            for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    weights = (run_dir / f"checkpoints/step_{steps}/model.safetensors").read_bytes()
+    return kept, hashlib.sha256(weights).hexdigest()
+
+
+def killed_run(folder, script, ranks, kills, argv, rng):
+    """Runs to the end through `kills` kills; returns how often which phase was hit."""
+    hit, note = collections.Counter(), folder / "phase"
+    wanted = [list(PHASES)[i % len(PHASES)] for i in range(kills)]
+    rng.shuffle(wanted)
+    while True:
+        note.write_text("start-up")
+        job = start(script, ranks, note, [*argv, "--resume"])
+        target = wanted[-1] if wanted else None
+        skip = rng.randrange(3)  # not always the first time the phase comes
+        seen = "start-up"
+        while job.poll() is None:
+            phase = note.read_text()
+            if phase == target and phase != seen:
+                skip -= 1
+                if skip < 0:
+                    time.sleep(rng.random() * PHASES[target][1])
+                    hit[note.read_text() or "between"] += 1
+                    kill_family(job.pid)
+                    wanted.pop()
+                    break
+            seen = phase
+            time.sleep(0.001)
+        job.wait()
+        if job.returncode == 0:  # to the end, with kills left over if the steps were too few
+            return hit
+        if job.returncode != -signal.SIGKILL:
+            raise RuntimeError(note.with_suffix(".log").read_text()[-3000:])
+
+
+def compare(script, ranks, kills, steps, seed=0):
+    """(phases hit, whether metrics agree, whether weights agree)."""
+    folder = Path(tempfile.mkdtemp())
+    few = folder / "few.jsonl"
+    few.write_text("".join((ROOT / "toy/data/in.jsonl").read_text().splitlines(True)[:4]))
+    argv = ["--model", "toy/model", "--data", "toy/data/train.jsonl", "--eval_data", few,
+            "--questions_per_step", 4, "--minibatch_questions", 2, "--rollouts", 4, "--lr", "1e-4",
+            "--max_response_tokens", 300, "--warmup_steps", 2, "--steps", steps, "--save_every", 1,
+            "--eval_every", 4] + (["--ema", 0.05] if script == "sdpo.py" else [])
+    (folder / "whole").mkdir()
+    (folder / "killed").mkdir()
+    whole = start(script, ranks, folder / "whole/phase", [*argv, "--run_dir", folder / "whole/run"])
+    if whole.wait():
+        raise RuntimeError((folder / "whole/phase.log").read_text()[-3000:])
+    argv += ["--run_dir", folder / "killed/run"]
+    hit = killed_run(folder / "killed", script, ranks, kills, argv, random.Random(seed))
+    (m, w), (n, v) = (outcome(folder / f"{name}/run", steps) for name in ("whole", "killed"))
+    return hit, m == n, w == v
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--script", choices=["sdpo.py", "grpo.py"], default="sdpo.py")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    args = parser.parse_args()
+    same = True
+    for ranks in args.ranks:
+        began = time.time()
+        hit, metrics, weights = compare(args.script, ranks, args.kills, args.steps)
+        same &= metrics and weights
+        print(f"{args.script}, {ranks} rank(s), {args.steps} steps, {sum(hit.values())} kills in "
+              f"{time.time() - began:.0f} s: " + ", ".join(f"{n} {p}" for p, n in hit.most_common()))
+        print(f"  metrics {'the same' if metrics else 'DIFFER'}, "
+              f"weights {'the same' if weights else 'DIFFER'}", flush=True)
+    sys.exit(not same)
+
+
+if __name__ == "__main__":
+    trainer() if sys.argv[1:2] == ["trainer"] else main()
