@@ -151,7 +151,7 @@ def load_tokenizer(args):
         fail(f"--model {args.model}: its tokenizer has no end token, so no answer would end")
     if args.enable_thinking and int(os.environ.get("RANK", 0)) == 0 and not any(
             word in str(tokenizer.chat_template) for word in ("enable_thinking", "<think>")):
-        print(f"{args.model}: its chat template knows no thinking; --no-enable_thinking is the same")
+        print(f"{args.model}: its chat template has no thinking to switch on")
     return tokenizer, config
 
 def with_prompts(source, tokenizer, args):

@@ -131,7 +131,8 @@ def check_run_dir(args):
     if not args.resume and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         fail(f"--run_dir {run_dir} already holds results: name another folder, remove it, or go on "
              f"with --resume")
-    there = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
+    whole = run_dir.absolute()
+    there = next(path for path in (whole, *whole.parents) if path.exists())
     if not os.access(there, os.W_OK):
         fail(f"--run_dir {run_dir}: {there} cannot be written to")
     if args.resume and config.exists():
@@ -166,7 +167,7 @@ def load_tokenizer(args):
         fail(f"--model {args.model}: its tokenizer has no end token, so no answer would end")
     if args.enable_thinking and int(os.environ.get("RANK", 0)) == 0 and not any(
             word in str(tokenizer.chat_template) for word in ("enable_thinking", "<think>")):
-        print(f"{args.model}: its chat template knows no thinking; --no-enable_thinking is the same")
+        print(f"{args.model}: its chat template has no thinking to switch on")
     return tokenizer, config
 
 def render(tokenizer, messages, enable_thinking):
@@ -343,7 +344,7 @@ def sample_groups(llm, verifier, questions, first_row, step, args):
             r.row, r.advantage = row, advantage
     return rollouts
 
-# What SIGTERM and Ctrl-C leave: when the first one came, and whether one may break off the sampling.
+# What SIGTERM and Ctrl-C leave: when the first came, and whether one may break off the sampling.
 stop = dict(asked=None, breaks=False)
 
 def on_signal(number, _):
@@ -592,8 +593,9 @@ def memory_plan(args, config, copies):
     offload = needed + state > free if args.offload_optimizer is None else args.offload_optimizer
     always += 0 if offload else state
     if always + max(activations, engine) > free:
-        fail(f"--model {args.model}: needs about {(always + max(activations, engine)) / 1e9:.0f} GB "
-             f"of every GPU, {free / 1e9:.0f} GB are free")
+        needed = always + max(activations, engine)
+        fail(f"--model {args.model}: needs about {needed / 1e9:.0f} GB of every GPU, "
+             f"{free / 1e9:.0f} GB are free")
     return offload, (free - always - 2e9) / total
 
 def question_stream(questions, seed):
@@ -674,11 +676,11 @@ def resume_point(args):
     return exchange([point])[0]
 
 def optimizer_parameters(model, optimizer):
-    """{name: parameter as the optimizer has it}: all of them, or the masters that are this rank's."""
-    names, held = [name for name, _ in model.named_parameters()], optimizer.param_groups[0]["params"]
+    """{name: parameter as the optimizer has it}: all of them, or this rank's masters."""
+    names = [name for name, _ in model.named_parameters()]
     if isinstance(optimizer, MasterAdamW):
         names = [n for i, n in enumerate(names) if optimizer.owner[i] == dist.get_rank()]
-    return dict(zip(names, held, strict=True))
+    return dict(zip(names, optimizer.param_groups[0]["params"], strict=True))
 
 def trainer_state(model, optimizer):
     """{name: its tensors}, what this rank alone knows. No random numbers: all are drawn from
@@ -743,7 +745,7 @@ def report_skipped(run_dir, step, rollouts, in_a_row):
     path = run_dir / f"rollouts/step_{step}_skipped.jsonl"
     if dist.get_rank() == 0:
         write_lines(path, [record(r, row=r.row) for r in rollouts])
-        tqdm.write(f"step {step}: gradient infinite or undefined, update skipped; rollouts in {path}")
+        tqdm.write(f"step {step}: gradient infinite or undefined, update skipped; see {path}")
     if in_a_row == 3:
         sys.exit("error: three steps in a row without a usable gradient: lower --lr, or go on from "
                  "an earlier checkpoint with --resume")
@@ -822,7 +824,7 @@ def main():
               f"{world_size} x {device.type}; results in {run_dir}", flush=True)
     stream = question_stream(questions, args.seed)
     stream = itertools.islice(stream, began * args.questions_per_step, None)
-    share, saved, skipped = args.questions_per_step // world_size, began, 0
+    share, step, saved, skipped = args.questions_per_step // world_size, began, began, 0
 
     def save(step):
         state = trainer_state(model, optimizer)
@@ -868,7 +870,8 @@ def main():
             if saved < step:
                 save(step)
             if rank == 0:
-                print(f"stopped behind step {step}: the same command with --resume goes on", flush=True)
+                print(f"stopped behind step {step}: the same command with --resume goes on",
+                      flush=True)
     llm.llm_engine.engine_core.shutdown()  # left open, it prints tracebacks at exit
     del ddp  # freed after the group is gone, it can hang (gloo, torch 2.13)
     if dist.is_initialized():

@@ -1,0 +1,35 @@
+"""No answer of hostile.py stops the verifier, crashes it, or passes for right."""
+import resource
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import hostile
+from verifier import Verifier
+
+LIMIT, WORKERS = 1.0, 2
+START = 4.0  # seconds for a worker that takes the place of a killed one, at most
+
+
+def test_there_are_enough():
+    assert len(hostile.corpus()) >= 200 and len({c[1] for c in hostile.corpus()}) >= 200
+
+
+def test_hostile_answers():
+    cases = hostile.corpus()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.monotonic()
+    with Verifier(workers=WORKERS, timeout=LIMIT) as verifier:
+        verdicts = verifier.verify([c[1] for c in cases], [c[2] for c in cases])
+        fooled = [(name, response[:60], gold) for (name, response, gold), verdict
+                  in zip(cases, verdicts, strict=True) if verdict]
+        assert not fooled
+        assert verifier.verify(["\\boxed{7}", "\\boxed{8}"], ["7", "7"]) == [1.0, 0.0]  # it lives
+    seconds = time.monotonic() - start
+    assert seconds < len(cases) * (LIMIT + START) / WORKERS
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 500 * 1024  # KiB, of this process: the workers have a limit of their own
+    assert not Path("/tmp/owned").exists()
