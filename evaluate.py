@@ -8,7 +8,8 @@ share of cut answers, epistemic markers.
     torchrun --nproc_per_node 8 evaluate.py --model runs/sdpo/checkpoints/step_100
     python evaluate.py --model toy/model --data toy/data/ood.jsonl --samples 4
 
-Writes <out>/<benchmark>.jsonl, a line an answer, and <out>/summary.json, and prints one table.
+Writes <out>/<benchmark>.jsonl, a line an answer, and <out>/summary.json, and prints one table. A start
+with the same folder and flags goes on with the benchmarks that are missing.
 
 What a reader of the paper would not expect:
   - Table 11 lists top-k 20, but the authors' script parses it without passing it on: their numbers
@@ -229,8 +230,18 @@ def main():
     if not 0 < args.top_p <= 1 or args.top_k < 0:
         fail(f"--top_p {args.top_p} must lie in (0, 1], and --top_k {args.top_k} not be negative")
 
+    path = out / "config.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        for name, value in vars(args).items():
+            if name != "out" and before.get(name) != value:
+                fail(f"--{name} {value}: {path.parent} was begun with {before.get(name)}; "
+                     "name another folder, or go on as it was begun")
+
     device = start_process_group()
     rank, world_size = dist.get_rank(), dist.get_world_size()
+    if rank == 0:
+        write_lines(path, [vars(args)])
     limit = args.max_prompt_tokens + args.max_response_tokens
     llm = load_engine(args, device, min(limit, config.max_position_embeddings))
     from vllm import SamplingParams
@@ -243,9 +254,15 @@ def main():
     summary = {}
     with Verifier() as verifier:
         for name, questions in benchmarks.items():
+            finished = exchange([(out / f"{name}.jsonl").exists()])[0]  # by an earlier start
+            if finished:
+                lines = (out / f"{name}.jsonl").read_text().splitlines()
+                summary[name] = summarise([json.loads(line) for line in lines], args.samples)
+                continue
             mine = list(enumerate(questions))[rank::world_size]
             # one global seed: a seed a request crashes vLLM on CPU, and this repeats bit for bit
             torch.manual_seed(args.seed + rank)
+            llm.reset_prefix_cache()
             prompts = [dict(prompt_token_ids=q["prompt_ids"]) for _, q in mine]
             bar = rank == 0 and sys.stderr.isatty()
             outputs = llm.generate(prompts, params, use_tqdm=bar)

@@ -317,3 +317,19 @@ def test_report(trained, rewarded, studied, tmp_path):
     assert (tmp_path / "seed_0/report.png").read_bytes()[:4] == b"\x89PNG"
     said = run(sys.executable, "report.py", tmp_path / "seed_0", tmp_path / "seed_1")
     assert f"{evaluated['score']:.3f} ± 0.000" in said and "2 seeds" in said
+
+
+def test_evaluation_goes_on(tmp_path):
+    """Killed behind its first benchmark, it does the second, to the same bytes, and keeps the first."""
+    sets = [few(DATA / f"{name}.jsonl", 6, tmp_path) for name in ("in", "ood")]
+    command = [sys.executable, "evaluate.py", "--model", "toy/model", "--samples", 2, "--data", *sets,
+               "--max_response_tokens", 100, "--out", tmp_path / "out"]
+    run(*command)
+    files = {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    first, second = tmp_path / "out/few_in.jsonl", tmp_path / "out/few_ood.jsonl"
+    (tmp_path / "out/summary.json").unlink()
+    second.unlink()
+    stamp = first.stat().st_mtime_ns
+    run(*command)
+    assert {p: p.read_bytes() for p in (tmp_path / "out").iterdir()} == files
+    assert first.stat().st_mtime_ns == stamp
