@@ -35,8 +35,10 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -567,6 +569,38 @@ def start_process_group():
     dist.init_process_group("cpu:gloo,cuda:nccl", **alone)
     return device
 
+def watch_ranks(limit=40):
+    """Ends the job if a rank shows no sign of life for `limit` seconds: stopped, or unreachable.
+
+    The others would wait for it in a collective for half an hour. A thread of every rank counts up
+    in torchrun's store; who sees another's count stand still says so, kills it if it can (torchrun
+    itself asks first, and waits 30 s), and leaves.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if world_size == 1:
+        return
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(*address, is_master=False)
+
+    def watch():
+        last = {other: (None, time.monotonic()) for other in range(world_size)}
+        for count in itertools.count():
+            store.set(f"alive/{rank}", f"{count} {socket.gethostname()} {os.getpid()}")
+            for other, (said, since) in last.items():
+                key = f"alive/{other}"
+                says = store.get(key).decode() if store.check([key]) else None
+                if says != said:
+                    last[other] = (says, time.monotonic())
+                elif time.monotonic() > since + limit:
+                    print(f"error: rank {other} has shown no sign of life for {limit} s: the job "
+                          f"ends; --resume goes on", file=sys.stderr, flush=True)
+                    _, host, pid = said.split() if said else (None, None, None)
+                    if host == socket.gethostname():
+                        os.kill(int(pid), signal.SIGKILL)
+                    os._exit(1)
+            time.sleep(2)
+    threading.Thread(target=watch, daemon=True).start()
+
 def memory_needs(parameters, config, tokens, copies, ranks):
     """Bytes of a GPU: (always there, AdamW's state, a micro-batch of `tokens`, vLLM at the least).
 
@@ -830,6 +864,7 @@ def main():
         state = trainer_state(model, optimizer)
         save_checkpoint(model, tokenizer, step, state, args)
         return step
+    watch_ranks()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
     with Verifier() as verifier:

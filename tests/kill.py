@@ -62,8 +62,8 @@ def start(script, ranks, note, argv):
                             cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
 
 
-def kill_family(pid):
-    """SIGKILL for a process and all below it, none of whom gets to say a word."""
+def family(pid):
+    """A process and all below it."""
     children = collections.defaultdict(list)
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -71,11 +71,16 @@ def kill_family(pid):
         except OSError:
             continue  # gone meanwhile
         children[int(fields[1])].append(int(stat.parent.name))
-    family, look = [], [pid]
+    found, look = [], [pid]
     while look:
-        family.append(look.pop())
-        look += children[family[-1]]
-    for member in family:
+        found.append(look.pop())
+        look += children[found[-1]]
+    return found
+
+
+def kill_family(pid):
+    """SIGKILL for a process and all below it, none of whom gets to say a word."""
+    for member in family(pid):
         try:
             os.kill(member, signal.SIGKILL)
         except ProcessLookupError:

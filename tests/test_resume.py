@@ -227,3 +227,33 @@ def test_undefined_gradients_are_skipped_and_end_the_run(tmp_path, alone, capsys
     assert json.loads(kept)["response"] == "text"
     with pytest.raises(SystemExit, match="three steps in a row"):
         sft_distill.report_skipped(tmp_path, 8, rollouts, 3)
+
+
+@pytest.mark.parametrize("harm", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_rank_that_hangs_or_dies_ends_the_job(tmp_path, harm):
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join((ROOT / "toy/data/in.jsonl").read_text().splitlines(True)[:4]))
+    job = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         "sdpo.py", "--model", "toy/model", "--data", "toy/data/train.jsonl", "--eval_data", few,
+         "--questions_per_step", "4", "--minibatch_questions", "4", "--rollouts", "4",
+         "--max_response_tokens", "300", "--steps", "1000", "--run_dir", tmp_path / "run"],
+        cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS="1"), text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT)
+    try:
+        metrics, until = tmp_path / "run/metrics.jsonl", time.time() + 240
+        while not metrics.exists() and time.time() < until:
+            time.sleep(0.1)
+        victim = next(pid for pid in kill.family(job.pid) if b"\0RANK=1\0" in Path(
+            f"/proc/{pid}/environ").read_bytes() and b"sdpo.py" in Path(
+            f"/proc/{pid}/cmdline").read_bytes())
+        os.kill(victim, harm)
+        began = time.monotonic()
+        said, _ = job.communicate(timeout=120)
+    finally:
+        kill.kill_family(job.pid)
+    assert job.returncode != 0 and time.monotonic() - began < 60
+    if harm == signal.SIGSTOP:
+        assert "error: rank 1 has shown no sign of life" in said
+    assert not Path(f"/proc/{victim}/environ").exists() or not Path(
+        f"/proc/{victim}/environ").read_bytes()  # it is gone, or a zombie
