@@ -242,6 +242,9 @@ def trl(script, model, rollouts, args, device, parts):
                     learning_rate=1e-6, weight_decay=0.01, report_to=[], use_cpu=cpu, bf16=not cpu,
                     gradient_checkpointing=not cpu, max_completion_length=y.shape[1], **more)
     data = Dataset.from_dict(dict(prompt=["x"] * len(rollouts)))
+    folder = tempfile.mkdtemp()  # SDPO's teacher is loaded from where the model says it is from
+    model.save_pretrained(folder)
+    model.config._name_or_path = model.name_or_path = folder
     trainer = Trainer(model=model, reward_funcs=lambda completions, **_: [0.0] * len(completions),
                       args=config, train_dataset=data, processing_class=tokenizer)
     trainer.current_gradient_accumulation_steps = len(rollouts) // size
