@@ -1,5 +1,6 @@
 """MasterAdamW: bfloat16 weights that train as float32 ones do, on one rank and on two."""
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -89,7 +90,9 @@ def test_two_ranks_hold_a_share_each_and_agree(tmp_path, alone):
     (tmp_path / "job.py").write_text(TWO)
     said = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         str(tmp_path / "job.py"), str(ROOT)], capture_output=True, text=True, timeout=300)
+         str(tmp_path / "job.py"), str(ROOT)], capture_output=True, text=True, timeout=300,
+        # as many threads as here: where they cut a tensor shows in its last bit
+        env=dict(os.environ, OMP_NUM_THREADS=str(torch.get_num_threads())))
     assert said.returncode == 0, said.stdout + said.stderr
     results = sorted(json.loads(line.split("RESULT ")[1])
                      for line in said.stdout.splitlines() if "RESULT" in line)
