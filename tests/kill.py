@@ -96,7 +96,7 @@ def outcome(run_dir, steps):
     return kept, hashlib.sha256(weights).hexdigest()
 
 
-def killed_run(folder, script, ranks, kills, argv, rng):
+def killed_run(folder, script, ranks, kills, steps, argv, rng):
     """Runs to the end through `kills` kills; returns how often which phase was hit."""
     hit, note = collections.Counter(), folder / "phase"
     wanted = [list(PHASES)[i % len(PHASES)] for i in range(kills)]
@@ -105,7 +105,7 @@ def killed_run(folder, script, ranks, kills, argv, rng):
         note.write_text("start-up")
         job = start(script, ranks, note, [*argv, "--resume"])
         target = wanted[-1] if wanted else None
-        skip = rng.randrange(3)  # not always the first time the phase comes
+        skip = rng.randrange(max(1, steps // 4))  # not always the first time the phase comes
         seen = "start-up"
         while job.poll() is None:
             phase = note.read_text()
@@ -141,7 +141,8 @@ def compare(script, ranks, kills, steps, seed=0):
     if whole.wait():
         raise RuntimeError((folder / "whole/phase.log").read_text()[-3000:])
     argv += ["--run_dir", folder / "killed/run"]
-    hit = killed_run(folder / "killed", script, ranks, kills, argv, random.Random(seed))
+    hit = killed_run(folder / "killed", script, ranks, kills, steps, argv,
+                     random.Random(seed))
     (m, w), (n, v) = (outcome(folder / f"{name}/run", steps) for name in ("whole", "killed"))
     return hit, m == n, w == v
 
