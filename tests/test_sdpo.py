@@ -247,9 +247,10 @@ def test_two_ranks_give_the_gradient_of_one(gradients, case):
 def test_stale_engine_is_noticed():
     fresh, stale = dict(gap=1e-4, tokens=100), dict(gap=20.0, tokens=100)  # 0.2 a token: trap 4
     sdpo.check_engine([fresh], torch.device("cpu"))
-    for bad in (stale, dict(gap=math.nan, tokens=1)):
-        with pytest.raises(SystemExit, match="stale"):
-            sdpo.check_engine([bad], torch.device("cpu"))
+    with pytest.raises(SystemExit, match="stale"):
+        sdpo.check_engine([stale], torch.device("cpu"))
+    # a NaN says nothing about the engine: its gradient is NaN too, and that update is skipped
+    sdpo.check_engine([dict(gap=math.nan, tokens=1)], torch.device("cpu"))
 
 
 # ---------------------------------------------------------------------------------------- prompts
