@@ -46,6 +46,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -605,9 +606,10 @@ def memory_needs(parameters, config, tokens, copies, ranks):
     """Bytes of a GPU: (always there, AdamW's state, a micro-batch of `tokens`, vLLM at the least).
 
     A parameter takes 2 bytes in each of `copies` (weights, gradient, SDPO's teacher) and 12 / ranks
-    of AdamW. Every layer keeps its input for the backward and one is alive as a whole, counted as
-    40 more (computed, not measured); 3 GB are a chunk of logits and what else comes and goes. vLLM
-    has weights of its own, 2 bytes, and 4 GB for a KV cache.
+    of AdamW. Every layer keeps its input for the backward and one is alive as a whole: 40 more of a
+    hidden state's size (an MLP three times as wide: 12, with norms and attention about 20, twice for
+    the gradients). 3 GB, a guess, are a chunk of logits and what else comes and goes. vLLM has
+    weights of its own, 2 bytes, and needs 4 GB or more of KV cache. Not yet held against a GPU.
     """
     activations = 2 * tokens * config.hidden_size * (config.num_hidden_layers + 40) + 3e9
     return 2 * copies * parameters, 12 * parameters / ranks, activations, 2 * parameters + 4e9
@@ -667,9 +669,9 @@ def save_checkpoint(model, tokenizer, step, state, args):
             aside.rename(folder)
             for old in checkpoints(args.run_dir)[args.keep_checkpoints:]:
                 shutil.rmtree(old)
-    except Exception as error:  # torch's and safetensors' own, where the disk is full
-        sys.exit(f"error: {aside}: cannot be written ({str(error).splitlines()[0]}); the "
-                 f"checkpoints before it are whole: make room, and go on with --resume")
+    except (OSError, RuntimeError, SafetensorError) as error:  # all three come of a full disk
+        sys.exit(f"error: {aside}: cannot be written ({error!r:.200}); the checkpoints before it are "
+                 f"whole: make room, and go on with --resume")
 
 def seal(path):
     """(bytes, SHA-256) of a file, after it has reached the disk."""

@@ -220,7 +220,7 @@ def test_sigterm_saves_and_says_how_to_go_on(tmp_path, script):
     assert 0 < done[-1] < steps and sdpo.damage(folder) is None
 
 
-def test_undefined_gradients_are_skipped_and_end_the_run(tmp_path, alone, capsys):
+def test_undefined_gradients_are_kept_and_end_the_run(tmp_path, alone, capsys):
     rollouts = [sdpo.Rollout(0, [1], [2, 3], None, "text", True)]
     grpo.report_skipped(tmp_path, 7, rollouts, 2)
     kept = (tmp_path / "rollouts/step_7_skipped.jsonl").read_text()
