@@ -476,15 +476,18 @@ def start_process_group():
     dist.init_process_group("cpu:gloo,cuda:nccl", **alone)
     return device
 
+@contextlib.contextmanager
 def watch_ranks(limit=40):
     """Ends the job if a rank shows no sign of life for `limit` seconds: stopped, or unreachable.
 
     The others would wait for it in a collective for half an hour. A thread of every rank counts up
     in torchrun's store; who sees another's count stand still says so, kills it if it can (torchrun
-    itself asks first, and waits 30 s), and leaves.
+    itself asks first, and waits 30 s), and leaves. The thread ends before the process does: caught
+    inside the store by the interpreter's end, it aborts it.
     """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank, world_size, over = dist.get_rank(), dist.get_world_size(), threading.Event()
     if world_size == 1:
+        yield
         return
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(*address, is_master=False)
@@ -498,15 +501,29 @@ def watch_ranks(limit=40):
                 says = store.get(key).decode() if store.check([key]) else None
                 if says != said:
                     last[other] = (says, time.monotonic())
-                elif time.monotonic() > since + limit:
+                elif says != "ended" and time.monotonic() > since + limit:
                     print(f"error: rank {other} has shown no sign of life for {limit} s: the job "
                           f"ends; --resume goes on", file=sys.stderr, flush=True)
                     _, host, pid = said.split() if said else (None, None, None)
                     if host == socket.gethostname():
                         os.kill(int(pid), signal.SIGKILL)
                     os._exit(1)
-            time.sleep(2)
-    threading.Thread(target=watch, daemon=True).start()
+            if over.wait(2):
+                return store.set(f"alive/{rank}", "ended")
+
+    def watch_or_end():
+        try:
+            watch()
+        except dist.DistError:
+            print(f"error: rank {rank} has lost torchrun: it ends", file=sys.stderr, flush=True)
+            os._exit(1)
+    thread = threading.Thread(target=watch_or_end, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 def memory_needs(parameters, config, tokens, copies, ranks):
     """Bytes of a GPU: (always there, AdamW's state, a micro-batch of `tokens`, vLLM at the least).
@@ -802,10 +819,9 @@ def main():
     offload, vllm_share = memory_plan(args, config, copies=2)
     llm = make_engine(args, device, vllm_share)
 
-    watch_ranks()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
-    with Verifier() as verifier:
+    with Verifier() as verifier, watch_ranks():
         base = arguments_of(args, "base")
         summary = Path(base.run_dir) / "eval/step_0.json"
         if args.resume and summary.exists():
