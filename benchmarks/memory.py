@@ -40,7 +40,7 @@ def main():
                         break
                 tokens, cache = fits or ("does not fit", 0)
                 print(f"| {name} | {ranks} x {size} | `{script}` | {'yes' if offload else 'no'} | "
-                      f"{tokens:,} | {cache:.0f} | {12 * parameters / 1e9 * offload:.0f} |")
+                      f"{tokens:,} | {cache:.0f} | {14 * parameters / 1e9 * offload:.0f} |")
 
 if __name__ == "__main__":
     main()

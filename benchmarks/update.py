@@ -146,8 +146,7 @@ def ours(script, model, rollouts, args, device, parts):
     if device.type == "cuda":
         model.gradient_checkpointing_enable(dict(use_reentrant=False))
         model.train()
-    ddp = torch.nn.parallel.DistributedDataParallel(script.Student(model, settings, device),
-                                                    gradient_as_bucket_view=True)
+    ddp = script.in_parallel(script.Student(model, settings, device))
     how = dict(lr=1e-6, weight_decay=0.01)
     if device.type == "cuda":
         state = "cpu" if args.offload_optimizer else device

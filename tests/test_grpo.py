@@ -151,7 +151,7 @@ def measure(case, rank, world_size):
     if old:  # as update() gives it: of its own hand alone
         old = {id(r): old[id(r)] for r in hands[rank]}
     ddp = torch.nn.parallel.DistributedDataParallel(student)
-    stats = grpo.backward(ddp, batch, hands[rank], old)
+    stats = grpo.backward(ddp, None, batch, hands[rank], old)
     return dict({key: sum(s[key] for s in stats) for key in ("loss", "tokens", "gap", "clipped")},
                 grads={name: p.grad for name, p in student.model.named_parameters()},
                 counts=[len(grpo.micro_batches(hand, 200)) for hand in hands])

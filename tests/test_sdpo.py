@@ -206,7 +206,7 @@ for loss_mean, budget, size in json.loads(sys.argv[2]):
                           draw(30) if i % 3 else None) for i in range(size)]
     ddp = DistributedDataParallel(sdpo.Student(model, args, device))
     hand = sdpo.deal([r for r in batch if r.teacher_prompt_ids], world_size)[rank]
-    stats = sdpo.backward(ddp, teacher, batch, hand, None)
+    stats = sdpo.backward(ddp, teacher, None, batch, hand, None)
     results.append(dict(grads={n: p.grad for n, p in model.named_parameters()},
                         loss=sum(s["loss"] for s in stats),
                         counts=sdpo.exchange([len(sdpo.micro_batches(hand, budget))])))

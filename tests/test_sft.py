@@ -212,7 +212,7 @@ def test_loss_is_the_cross_entropy_of_labels_masked_by_hand(alone, budget, count
     batch = make_batch(9)
     assert len(sft_distill.micro_batches(batch, budget)) == counts
     ddp = wrap(budget)
-    loss = sft_distill.backward(ddp, batch, batch)
+    loss = sft_distill.backward(ddp, None, batch, batch)
 
     width = max(r.tokens() for r in batch)
     ids, labels, seen = (torch.full((9, width), fill) for fill in (0, -100, 0))
@@ -238,19 +238,19 @@ def test_only_response_and_end_token_are_labels(alone, monkeypatch):
 
     monkeypatch.setattr(sft_distill, "token_logprobs", spy)
     batch = make_batch(9)
-    sft_distill.backward(wrap(200), batch, batch)
+    sft_distill.backward(wrap(200), None, batch, batch)
     in_order = sorted(batch, key=lambda r: r.tokens())  # as micro_batches has them
     assert asked == [t for r in in_order for t in r.response_ids] and asked.count(2) == 9
 
 
 def test_end_token_counts_and_only_for_itself(alone):
     batch, ddp = make_batch(3), wrap(10**6)
-    before = sft_distill.backward(ddp, batch, batch)
+    before = sft_distill.backward(ddp, None, batch, batch)
     r = batch[0]
     with torch.no_grad():
         logits = ddp.module.model(torch.tensor([r.prompt_ids + r.response_ids])).logits[0, -2]
     r.response_ids[-1] = 7
-    after = sft_distill.backward(ddp, batch, batch)
+    after = sft_distill.backward(ddp, None, batch, batch)
     logprobs, tokens = logits.log_softmax(-1), sum(len(r.response_ids) for r in batch)
     assert after - before == pytest.approx(((logprobs[2] - logprobs[7]) / tokens).item(), rel=1e-3)
     assert abs(after - before) > 1e-3
@@ -263,7 +263,7 @@ def measure(size, rank, world_size):
     """The gradient and the loss of a mini-batch, and how it was split."""
     batch, ddp = make_batch(size), wrap(200)
     hands = sft_distill.deal(batch, world_size)
-    loss = sft_distill.backward(ddp, batch, hands[rank])
+    loss = sft_distill.backward(ddp, None, batch, hands[rank])
     return dict(loss=loss, grads=gradient(ddp.module.model),
                 counts=[len(sft_distill.micro_batches(hand, 200)) for hand in hands])
 
