@@ -19,6 +19,7 @@ What a reader of the paper would not expect:
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import math
@@ -150,10 +151,25 @@ def load_tokenizer(args):
              f"{config.vocab_size:,}: they do not belong together")
     if tokenizer.eos_token_id is None:
         fail(f"--model {args.model}: its tokenizer has no end token, so no answer would end")
-    if args.enable_thinking and int(os.environ.get("RANK", 0)) == 0 and not any(
-            word in str(tokenizer.chat_template) for word in ("enable_thinking", "<think>")):
-        print(f"{args.model}: its chat template has no thinking to switch on")
+    if int(os.environ.get("RANK", 0)) == 0:
+        if args.enable_thinking and not any(word in str(tokenizer.chat_template)
+                                            for word in ("enable_thinking", "<think>")):
+            print(f"{args.model}: its chat template has no thinking to switch on")
+        if not ends_answers(tokenizer, args.model):
+            print(f"{args.model}: its chat template ends no answer with {tokenizer.eos_token}: most "
+                  f"will run on to --max_response_tokens")
     return tokenizer, config
+
+def ends_answers(tokenizer, model):
+    """Whether an answer in the chat template is followed by a token that vLLM stops at."""
+    from transformers import GenerationConfig
+    ends = [tokenizer.eos_token_id]
+    with contextlib.suppress(OSError):  # a folder without generation_config.json
+        more = GenerationConfig.from_pretrained(model).eos_token_id
+        ends += more if isinstance(more, list) else [more]
+    chat = [dict(role="user", content="Question"), dict(role="assistant", content="Answer")]
+    _, _, behind = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("Answer")
+    return not set(ends).isdisjoint(tokenizer.encode(behind, add_special_tokens=False))
 
 def with_prompts(source, tokenizer, args):
     """load_questions, each with its prompt_ids; those over --max_prompt_tokens left out."""
@@ -206,12 +222,20 @@ def exchange(items):
     dist.all_gather_object(lists, items)
     return [item for part in lists for item in part]
 
+def cannot_write(path, error):
+    """A full disk, a folder made read-only or deleted under the run: one line, exit code 1."""
+    sys.exit(f"error: {path}: cannot be written ({error!r:.200}); what was finished is whole: put "
+             f"that right and go on from there")
+
 def write_lines(path, rows):
     """JSON Lines, written aside and renamed, so that a reader never finds half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".part")
-    aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    aside.rename(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        aside.rename(path)
+    except OSError as error:
+        cannot_write(path, error)
 
 def main():
     args = parse_args()

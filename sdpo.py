@@ -177,10 +177,25 @@ def load_tokenizer(args):
              f"{config.vocab_size:,}: they do not belong together")
     if tokenizer.eos_token_id is None:
         fail(f"--model {args.model}: its tokenizer has no end token, so no answer would end")
-    if args.enable_thinking and int(os.environ.get("RANK", 0)) == 0 and not any(
-            word in str(tokenizer.chat_template) for word in ("enable_thinking", "<think>")):
-        print(f"{args.model}: its chat template has no thinking to switch on")
+    if int(os.environ.get("RANK", 0)) == 0:
+        if args.enable_thinking and not any(word in str(tokenizer.chat_template)
+                                            for word in ("enable_thinking", "<think>")):
+            print(f"{args.model}: its chat template has no thinking to switch on")
+        if not ends_answers(tokenizer, args.model):
+            print(f"{args.model}: its chat template ends no answer with {tokenizer.eos_token}: most "
+                  f"will run on to --max_response_tokens")
     return tokenizer, config
+
+def ends_answers(tokenizer, model):
+    """Whether an answer in the chat template is followed by a token that vLLM stops at."""
+    from transformers import GenerationConfig
+    ends = [tokenizer.eos_token_id]
+    with contextlib.suppress(OSError):  # a folder without generation_config.json
+        more = GenerationConfig.from_pretrained(model).eos_token_id
+        ends += more if isinstance(more, list) else [more]
+    chat = [dict(role="user", content="Question"), dict(role="assistant", content="Answer")]
+    _, _, behind = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("Answer")
+    return not set(ends).isdisjoint(tokenizer.encode(behind, add_special_tokens=False))
 
 def render(tokenizer, messages, enable_thinking):
     """Token ids of a chat up to where the model speaks (Table 12).
@@ -793,12 +808,29 @@ def question_stream(questions, seed):
     while True:
         yield from rng.sample(questions, len(questions))
 
+def cannot_write(path, error):
+    """A full disk, a folder made read-only or deleted under the run: one line, exit code 1."""
+    sys.exit(f"error: {path}: cannot be written ({error!r:.200}); what was finished is whole: put "
+             f"that right and go on from there")
+
 def write_lines(path, rows):
     """JSON Lines, written aside and renamed, so that a reader never finds half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".part")
-    aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    aside.rename(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        aside.rename(path)
+    except OSError as error:
+        cannot_write(path, error)
+
+def append_line(path, row):
+    """A line more of a run's file. Where config.json is gone, so is the run: nothing begins anew."""
+    try:
+        path.with_name("config.json").stat()
+        with open(path, "a") as f:
+            f.write(json.dumps(row) + "\n")
+    except OSError as error:
+        cannot_write(path, error)
 
 def save_checkpoint(model, tokenizer, step, state, args):
     """A Hugging Face folder with every rank's trainer state in it, whole or not there at all.
@@ -823,8 +855,7 @@ def save_checkpoint(model, tokenizer, step, state, args):
             for old in checkpoints(args.run_dir)[args.keep_checkpoints:]:
                 shutil.rmtree(old)
     except (OSError, RuntimeError, SafetensorError) as error:  # all three come of a full disk
-        sys.exit(f"error: {aside}: cannot be written ({error!r:.200}); the checkpoints before it are "
-                 f"whole: make room, and go on with --resume")
+        cannot_write(aside, error)
 
 def seal(path):
     """(bytes, SHA-256) of a file, after it has reached the disk."""
@@ -959,13 +990,13 @@ def log(run_dir, step, rollouts, metrics, lr, clock):
     trained = sum(r.teacher_prompt_ids is not None for r in rollouts) / len(rollouts)
     m = dict(step=step, **averages(rollouts), trained=trained, **metrics, lr=lr,
              seconds=seconds, tokens_per_second=speed, peak_memory_gb=memory)
-    with open(run_dir / "metrics.jsonl", "a") as f:
-        f.write(json.dumps(m) + "\n")
+    append_line(run_dir / "metrics.jsonl", m)
     sample = [record(r, row=r.row) for r in rollouts[:64]]
     write_lines(run_dir / f"rollouts/step_{step}.jsonl", sample)
     phases = "  ".join(f"{phase} {s:.1f} s" for phase, s in seconds.items())
+    result = f"loss {m['loss']:.4f}" if trained else "nothing to distil"
     tqdm.write(f"step {step:3d}  score {m['score']:.3f}  len {m['length']:6,.0f}  epistemic "
-               f"{m['epistemic']:5.1f}  loss {m['loss']:.4f}  | {phases} | {speed:,.0f} tok/s")
+               f"{m['epistemic']:5.1f}  {result}  | {phases} | {speed:,.0f} tok/s")
 
 def main():
     args = parse_args()

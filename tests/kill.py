@@ -126,15 +126,28 @@ def killed_run(folder, script, ranks, kills, steps, argv, rng):
             raise RuntimeError(note.with_suffix(".log").read_text()[-3000:])
 
 
+def arguments(script, steps, folder):
+    """Its flags for a run of so many short steps, each of them saved."""
+    few = folder / "few.jsonl"
+    few.write_text("".join((ROOT / "toy/data/in.jsonl").read_text().splitlines(True)[:4]))
+    argv = ["--model", "toy/model", "--eval_data", few, "--lr", "1e-4", "--max_response_tokens", 300,
+            "--save_every", 1, "--eval_every", 4]
+    if script == "sft_distill.py":
+        lines = (ROOT / "toy/data/train.jsonl").read_text().splitlines()[: 4 * steps]
+        (folder / "d.jsonl").write_text("".join(json.dumps(dict(
+            prompt=q["prompt"], response=f"So x = {q['reward_model']['ground_truth']}.")) + "\n"
+            for q in map(json.loads, lines)))
+        return [*argv, "--data", folder / "d.jsonl", "--batch_size", 4, "--epochs", 1,
+                "--eval_rollouts", 1]
+    return [*argv, "--data", "toy/data/train.jsonl", "--questions_per_step", 4, "--rollouts", 4,
+            "--minibatch_questions", 2, "--warmup_steps", 2, "--steps", steps,
+            *(["--ema", 0.05] if script == "sdpo.py" else [])]
+
+
 def compare(script, ranks, kills, steps, seed=0):
     """(phases hit, whether metrics agree, whether weights agree)."""
     folder = Path(tempfile.mkdtemp())
-    few = folder / "few.jsonl"
-    few.write_text("".join((ROOT / "toy/data/in.jsonl").read_text().splitlines(True)[:4]))
-    argv = ["--model", "toy/model", "--data", "toy/data/train.jsonl", "--eval_data", few,
-            "--questions_per_step", 4, "--minibatch_questions", 2, "--rollouts", 4, "--lr", "1e-4",
-            "--max_response_tokens", 300, "--warmup_steps", 2, "--steps", steps, "--save_every", 1,
-            "--eval_every", 4] + (["--ema", 0.05] if script == "sdpo.py" else [])
+    argv, results = arguments(script, steps, folder), "run/d" if script == "sft_distill.py" else "run"
     (folder / "whole").mkdir()
     (folder / "killed").mkdir()
     whole = start(script, ranks, folder / "whole/phase", [*argv, "--run_dir", folder / "whole/run"])
@@ -143,14 +156,15 @@ def compare(script, ranks, kills, steps, seed=0):
     argv += ["--run_dir", folder / "killed/run"]
     hit = killed_run(folder / "killed", script, ranks, kills, steps, argv,
                      random.Random(seed))
-    (m, w), (n, v) = (outcome(folder / f"{name}/run", steps) for name in ("whole", "killed"))
+    (m, w), (n, v) = (outcome(folder / name / results, steps) for name in ("whole", "killed"))
     return hit, m == n, w == v
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--script", choices=["sdpo.py", "grpo.py"], default="sdpo.py")
+    parser.add_argument("--script", choices=["sdpo.py", "grpo.py", "sft_distill.py"],
+                        default="sdpo.py")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])

@@ -166,10 +166,73 @@ def test_a_full_disk(tmp_path, limit):
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(said) == 1 and "step_2.part" in said[0] and "--resume" in said[0]
+    assert len(said) == 1 and "step_2.part" in said[0] and "what was finished is whole" in said[0]
     assert "Traceback" not in done.stderr
     assert [p.name for p in sdpo.checkpoints(tmp_path)] == ["step_1"]
     assert sdpo.damage(tmp_path / "checkpoints/step_1") is None
+
+
+LINE = r"error: .*: cannot be written \({}.*what was finished is whole"
+
+
+def test_a_folder_deleted_under_the_run(tmp_path):
+    """Nothing begins anew in its place."""
+    with pytest.raises(SystemExit, match=LINE.format("FileNotFoundError")):
+        sdpo.append_line(tmp_path / "run/metrics.jsonl", dict(step=7))
+    (tmp_path / "run").mkdir()  # an evaluation has made it again
+    with pytest.raises(SystemExit, match=LINE.format("FileNotFoundError")):
+        sdpo.append_line(tmp_path / "run/metrics.jsonl", dict(step=7))
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+READ_ONLY = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import sdpo
+run = Path(sys.argv[2])
+step = {"append": lambda: sdpo.append_line(run / "metrics.jsonl", dict(step=1)),
+        "write": lambda: sdpo.write_lines(run / "eval/step_1.json", [{}]),
+        "begin": lambda: sdpo.check_run_dir(sdpo.parse_args(
+            ["--model", "toy/model", "--run_dir", str(run / "new")]))}
+step[sys.argv[3]]()
+"""
+
+
+@pytest.mark.parametrize("act", ["append", "write", "begin"])
+def test_a_read_only_folder(tmp_path, act):
+    """A read-only mount in a namespace of its own: its permissions hold for root as well."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    mount = f"mount -t tmpfs none {run} && echo {{}} > {run}/config.json && mount -o remount,ro {run}"
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("no mount namespaces here")
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", f'{mount} && exec "$@"', "sh", sys.executable, "-c", READ_ONLY,
+         str(ROOT), str(run), act], capture_output=True, text=True, timeout=120)
+    assert done.returncode == (2 if act == "begin" else 1)
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "cannot be written" in line and "Traceback" not in done.stderr
+
+
+def test_another_number_of_ranks_goes_on(tmp_path, trained, capsys):
+    """Two ranks' halves of the state, taken up by one."""
+    model, tokenizer, optimizer = trained
+    args = settings(tmp_path)
+    save(trained, 1, args)
+    folder = tmp_path / "checkpoints/step_1"
+    state = list(torch.load(folder / "trainer_state_0.pt").items())
+    for rank in (0, 1):
+        torch.save(dict(state[rank::2]), folder / f"trainer_state_{rank}.pt")
+    from transformers import AutoModelForCausalLM
+    again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    other = torch.optim.AdamW(again.parameters(), lr=1e-3)
+    sdpo.load_trainer_state(folder, again, other)
+    assert "written by 2 ranks and goes on with 1" in capsys.readouterr().out
+    step(model, optimizer)
+    step(again, other)
+    assert all(map(torch.equal, model.parameters(), again.parameters()))
 
 
 def test_flags_that_changed_are_named(tmp_path, capsys):
