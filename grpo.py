@@ -22,6 +22,8 @@ Where we differ from their code: warm-up gives the first step a tenth of the rat
 Watch: score rises slowly, length and epistemic stay or grow with it; out of distribution, in eval/,
 too. `trained` is the share of rollouts whose group has both right and wrong: the others carry no
 signal, and cost no time. `mismatch` (trainer against vLLM) stays flat: 1e-6 in float32.
+
+The paper ends with main(). Behind it: memory, checkpoints, signals; read them when you need them.
 """
 import argparse
 import contextlib
@@ -128,65 +130,7 @@ def check_args(args, world_size):
         fail(f"--eval_data: two benchmarks have one name ({' '.join(names)})")
     check_run_dir(args)
 
-def check_run_dir(args):
-    """A new run wants a new folder; a resumed one its own, and the flags it began with."""
-    run_dir, config = Path(args.run_dir), Path(args.run_dir) / "config.json"
-    if not args.resume and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        fail(f"--run_dir {run_dir} already holds results: name another folder, remove it, or go on "
-             f"with --resume")
-    whole = run_dir.absolute()
-    there = next(path for path in (whole, *whole.parents) if path.exists())
-    if not os.access(there, os.W_OK):
-        fail(f"--run_dir {run_dir}: {there} cannot be written to")
-    if args.resume and config.exists():
-        free = {"resume", "steps", "eval_data", "eval_rollouts", "eval_every", "save_every",
-                "keep_checkpoints", "offload_optimizer"}
-        try:
-            began = json.loads(config.read_text())
-        except (OSError, ValueError) as error:
-            fail(f"{config}: cannot be read ({error})")
-        changed = [f"--{name} {value} (was {began.get(name)})" for name, value in vars(args).items()
-                   if name not in free and began.get(name) != value]
-        if changed:
-            fail(f"--resume wants the flags that {run_dir} began with: {', '.join(changed)}")
-
 # --- prompts -------------------------------------------------------------------------------------
-
-def load_tokenizer(args):
-    """(tokenizer, config) of --model: what can be wrong with it shows before its weights load."""
-    from transformers import AutoConfig, AutoTokenizer
-    try:
-        config = AutoConfig.from_pretrained(args.model)
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-    except (OSError, ValueError) as error:
-        fail(f"--model {args.model}: no model folder, and no model on the hub "
-             f"({str(error).strip().splitlines()[0]})")
-    if tokenizer.chat_template is None:
-        fail(f"--model {args.model}: its tokenizer has no chat template")
-    if len(tokenizer) > config.vocab_size:
-        fail(f"--model {args.model}: the tokenizer has {len(tokenizer):,} tokens and the model "
-             f"{config.vocab_size:,}: they do not belong together")
-    if tokenizer.eos_token_id is None:
-        fail(f"--model {args.model}: its tokenizer has no end token, so no answer would end")
-    if int(os.environ.get("RANK", 0)) == 0:
-        if args.enable_thinking and not any(word in str(tokenizer.chat_template)
-                                            for word in ("enable_thinking", "<think>")):
-            print(f"{args.model}: its chat template has no thinking to switch on")
-        if not ends_answers(tokenizer, args.model):
-            print(f"{args.model}: its chat template ends no answer with {tokenizer.eos_token}: most "
-                  f"will run on to --max_response_tokens")
-    return tokenizer, config
-
-def ends_answers(tokenizer, model):
-    """Whether an answer in the chat template is followed by a token that vLLM stops at."""
-    from transformers import GenerationConfig
-    ends = [tokenizer.eos_token_id]
-    with contextlib.suppress(OSError):  # a folder without generation_config.json
-        more = GenerationConfig.from_pretrained(model).eos_token_id
-        ends += more if isinstance(more, list) else [more]
-    chat = [dict(role="user", content="Question"), dict(role="assistant", content="Answer")]
-    _, _, behind = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("Answer")
-    return not set(ends).isdisjoint(tokenizer.encode(behind, add_special_tokens=False))
 
 def render(tokenizer, messages, enable_thinking):
     """Token ids of a chat up to where the model speaks (Table 12).
@@ -362,31 +306,6 @@ def sample_groups(llm, verifier, questions, first_row, step, args):
             r.row, r.advantage = row, advantage
     return rollouts
 
-# What SIGTERM and Ctrl-C leave: when the first came, and whether one may break off the sampling.
-stop = dict(asked=None, breaks=False)
-
-def on_signal(number, _):
-    """The first ends the run in good order; one more than a second later, at once."""
-    if stop["asked"] and time.time() > stop["asked"] + 1:
-        os._exit(128 + number)
-    stop["asked"] = stop["asked"] or time.time()
-    if stop["breaks"]:
-        raise KeyboardInterrupt
-
-def until_stopped(sample, *args):
-    """sample(*args), or nothing if a signal comes first; only where no rank waits for another."""
-    try:
-        stop["breaks"] = True
-        return [] if stop["asked"] else sample(*args)
-    except KeyboardInterrupt:
-        return []
-    finally:
-        stop["breaks"] = False
-
-def stopped():
-    """Whether a signal has reached any rank: all of them hear the same."""
-    return any(exchange([stop["asked"] is not None]))
-
 def exchange(items):
     """Every rank's list, joined in the order of the ranks."""
     lists = [None] * dist.get_world_size()
@@ -428,98 +347,6 @@ def response_hidden(model, prompts, responses, device):
         mask[i, len(p) - 1 : len(p) + len(y) - 1] = True  # position t predicts token t + 1
     hidden = model.get_decoder()(input_ids=ids.to(device), use_cache=False).last_hidden_state
     return hidden[mask.to(device)]
-
-class MasterAdamW(torch.optim.AdamW):
-    """AdamW of bfloat16 weights by way of float32 masters; every tensor has one rank as its owner.
-
-    A step of 1e-6 is a hundredth of bfloat16's spacing at a weight of 0.02: by itself such a weight
-    never moves. Its master does, and the weight follows as the master's rounding. Bytes a
-    parameter: on every GPU 2 of weight and 2 of gradient; at the owner 4 of master, 8 of moments
-    and 2 of gradient (ZeRO stage 1), on its GPU or in CPU memory. Qwen3-8B's 8.19e9 parameters on
-    one GPU: 33 GB there and 115 GB in CPU memory; on eight, 14 GB each. `weights` are in the same
-    order everywhere.
-    """
-
-    def __init__(self, weights, device, **how):
-        self.weights, load, self.owner = list(weights), [0] * dist.get_world_size(), {}
-        for i in sorted(range(len(self.weights)), key=lambda i: -self.weights[i].numel()):
-            self.owner[i] = load.index(min(load))
-            load[self.owner[i]] += self.weights[i].numel()
-        self.mine = [w for i, w in enumerate(self.weights) if self.owner[i] == dist.get_rank()]
-        masters = [w.detach().to(device, torch.float32, copy=True) for w in self.mine]
-        self.sums, self.scale = [torch.zeros_like(w, device=device) for w in self.mine], 1.0
-        super().__init__(masters, fused=True, **how)
-        # One pinned tensor on the way: to pin all would round each one's size up to a power of two
-        largest, off = max(w.numel() for w in self.mine), self.mine[0].device != masters[0].device
-        self.way = torch.empty(largest, dtype=self.mine[0].dtype, device=device, pin_memory=off)
-        self.grad = torch.empty(largest, device=device)
-
-    def zero_grad(self, set_to_none=False):
-        torch._foreach_zero_(self.sums)  # the weights' gradients are 0 since the last fold
-        self.scale = 1.0
-
-    @torch.no_grad()
-    def fold(self):
-        """Ends a round of micro-batches: their gradient goes from the weights to their owners.
-
-        A sum of sums, because bfloat16 has 8 bits: a term below a 512th of what is there adds
-        nothing. 683 added one by one came out 17% off, in rounds of 32 0.7% (benchmarks/NOTES.md).
-        """
-        for weight, total in zip(self.mine, self.sums):
-            total += self.way[: weight.numel()].view_as(weight).copy_(weight.grad)
-        torch._foreach_zero_([w.grad for w in self.weights])
-
-    @torch.no_grad()
-    def clip(self, limit):
-        """Has step scale the gradient to a norm of at most `limit`; returns what it is."""
-        square = sum(torch.linalg.vector_norm(s, dtype=torch.float32).square() for s in self.sums)
-        dist.all_reduce(square)
-        norm = square.sqrt().item()
-        self.scale = min(1.0, limit / (norm + 1e-6))
-        return norm
-
-    @torch.no_grad()
-    def step(self):
-        """Tensor by tensor: the gradient is never whole in float32."""
-        masters = self.param_groups[0]["params"]
-        for weight, total, master in zip(self.mine, self.sums, masters):
-            way, master.grad = (buffer[: weight.numel()].view_as(weight)
-                                for buffer in (self.way, self.grad))
-            master.grad.copy_(total).mul_(self.scale)
-            super().step()
-            master.grad = None
-            weight.copy_(way.copy_(master))
-        for i, weight in enumerate(self.weights):
-            dist.broadcast(weight.detach(), self.owner[i])
-
-ROUND = 32  # micro-batches whose gradients are added in bfloat16 before they are folded
-
-def rounds(batches, optimizer):
-    """A rank's micro-batches as (micro-batch, whether an all-reduce follows) pairs.
-
-    In float32 one all-reduce comes at the end. MasterAdamW wants one every ROUND micro-batches, as
-    many on every rank: a rank with fewer, or none, joins in with empty ones.
-    """
-    most = max(exchange([len(batches)]))
-    number = -(-most // ROUND) if isinstance(optimizer, MasterAdamW) else 1
-    batches = batches + [[]] * (number - len(batches))
-    cuts = [len(batches) * i // number for i in range(1, number + 1)]
-    return [(micro, i + 1 in cuts) for i, micro in enumerate(batches)]
-
-def clip_gradient(model, optimizer):
-    """Scales the gradient to a norm of at most 1 (Table 8); returns what it was."""
-    if isinstance(optimizer, MasterAdamW):
-        return optimizer.clip(1.0)
-    return torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
-
-def in_parallel(student):
-    """DDP, its buckets being the gradients themselves: they are there before it and stay for ever.
-
-    Set to None in between, what no_sync adds up would lie beside the buckets, Qwen3-8B's in 16 GB.
-    """
-    for p in student.parameters():
-        p.grad = torch.zeros_like(p)
-    return DistributedDataParallel(student, gradient_as_bucket_view=True)
 
 class Student(torch.nn.Module):
     """What DDP wraps: backbone and head in one forward, so that its hooks see them all."""
@@ -625,219 +452,11 @@ def update(ddp, optimizer, rollouts):
 
 # --- run -----------------------------------------------------------------------------------------
 
-def start_process_group():
-    """torchrun's group, or under plain python one of a single process; returns its device."""
-    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1).items():
-        os.environ.setdefault(name, str(value))
-    if not torch.cuda.is_available():
-        dist.init_process_group("gloo", **alone)
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl", **alone)
-    return device
-
-@contextlib.contextmanager
-def watch_ranks(limit=40):
-    """Ends the job if a rank shows no sign of life for `limit` seconds: stopped, or unreachable.
-
-    The others would wait for it in a collective for half an hour. A thread of every rank counts up
-    in torchrun's store; who sees another's count stand still says so, kills it if it can (torchrun
-    itself asks first, and waits 30 s), and leaves. The thread ends before the process does: caught
-    inside the store by the interpreter's end, it aborts it.
-    """
-    rank, world_size, over = dist.get_rank(), dist.get_world_size(), threading.Event()
-    if world_size == 1:
-        yield
-        return
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(*address, is_master=False)
-
-    def watch():
-        last = {other: (None, time.monotonic()) for other in range(world_size)}
-        for count in itertools.count():
-            store.set(f"alive/{rank}", f"{count} {socket.gethostname()} {os.getpid()}")
-            for other, (said, since) in last.items():
-                key = f"alive/{other}"
-                says = store.get(key).decode() if store.check([key]) else None
-                if says != said:
-                    last[other] = (says, time.monotonic())
-                elif says != "ended" and time.monotonic() > since + limit:
-                    print(f"error: rank {other} has shown no sign of life for {limit} s: the job "
-                          f"ends; --resume goes on", file=sys.stderr, flush=True)
-                    _, host, pid = said.split() if said else (None, None, None)
-                    if host == socket.gethostname():
-                        os.kill(int(pid), signal.SIGKILL)
-                    os._exit(1)
-            if over.wait(2):
-                return store.set(f"alive/{rank}", "ended")
-
-    def watch_or_end():
-        try:
-            watch()
-        except dist.DistError:
-            print(f"error: rank {rank} has lost torchrun: it ends", file=sys.stderr, flush=True)
-            os._exit(1)
-    thread = threading.Thread(target=watch_or_end, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-
-def memory_needs(parameters, config, tokens, copies, ranks):
-    """Bytes of a GPU: (always there, AdamW's state, a micro-batch of `tokens`, vLLM at the least).
-
-    A parameter takes 2 bytes in each of `copies` (weights, gradient, SDPO's teacher) and 14 / ranks
-    of AdamW. Every layer keeps its input for the backward and one is alive as a whole: 40 more of a
-    hidden state's size (an MLP three times as wide: 12, with norms and attention about 20, twice for
-    the gradients). 3 GB, a guess, are a chunk of logits and what else comes and goes. vLLM has
-    weights of its own, 2 bytes, and needs 4 GB or more of KV cache. Not yet held against a GPU.
-    """
-    activations = 2 * tokens * config.hidden_size * (config.num_hidden_layers + 40) + 3e9
-    return 2 * copies * parameters, 14 * parameters / ranks, activations, 2 * parameters + 4e9
-
-def memory_plan(args, config, copies):
-    """(AdamW's state in CPU memory?, vLLM's share of the GPU) from what is free on it."""
-    if not torch.cuda.is_available():
-        return False, 0.5  # which vLLM ignores on CPU: VLLM_CPU_KVCACHE_SPACE
-    from transformers import AutoModelForCausalLM
-    with torch.device("meta"):
-        parameters = AutoModelForCausalLM.from_config(config).num_parameters()
-    free, total = torch.cuda.mem_get_info()
-    tokens = max(args.tokens_per_micro_batch, args.max_prompt_tokens + args.max_response_tokens)
-    always, state, activations, engine = memory_needs(parameters, config, tokens, copies,
-                                                      dist.get_world_size())
-    needed = always + max(activations, engine)  # one sleeps while the other works
-    offload = needed + state > free if args.offload_optimizer is None else args.offload_optimizer
-    always += 0 if offload else state
-    if always + max(activations, engine) > free:
-        needed = always + max(activations, engine)
-        fail(f"--model {args.model}: needs about {needed / 1e9:.0f} GB of every GPU, "
-             f"{free / 1e9:.0f} GB are free")
-    return offload, (free - always - 2e9) / total
-
 def question_stream(questions, seed):
     """Shuffled epoch after epoch, without end; a small set repeats within a step (Sec. 6.2)."""
     rng = random.Random(seed)
     while True:
         yield from rng.sample(questions, len(questions))
-
-def cannot_write(path, error):
-    """A full disk, a folder made read-only or deleted under the run: one line, exit code 1."""
-    sys.exit(f"error: {path}: cannot be written ({error!r:.200}); what was finished is whole: put "
-             f"that right and go on from there")
-
-def write_lines(path, rows):
-    """JSON Lines, written aside and renamed, so that a reader never finds half a file."""
-    aside = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        aside.rename(path)
-    except OSError as error:
-        cannot_write(path, error)
-
-def append_line(path, row):
-    """A line more of a run's file. Where config.json is gone, so is the run: nothing begins anew."""
-    try:
-        path.with_name("config.json").stat()
-        with open(path, "a") as f:
-            f.write(json.dumps(row) + "\n")
-    except OSError as error:
-        cannot_write(path, error)
-
-def save_checkpoint(model, tokenizer, step, state, args):
-    """A Hugging Face folder with every rank's trainer state in it, whole or not there at all.
-
-    Written aside, sealed with a manifest, renamed; then all but the newest --keep_checkpoints go.
-    """
-    folder = Path(args.run_dir) / f"checkpoints/step_{step}"
-    aside, rank = folder.with_name(folder.name + ".part"), dist.get_rank()
-    try:
-        if rank == 0:
-            shutil.rmtree(aside, ignore_errors=True)  # of a killed run
-            model.save_pretrained(aside)
-            tokenizer.save_pretrained(aside)
-        exchange([])  # the folder is there
-        torch.save(state, aside / f"trainer_state_{rank}.pt")
-        exchange([])  # all ranks have written
-        if rank == 0:
-            manifest = {path.name: seal(path) for path in sorted(aside.iterdir())}
-            write_lines(aside / "manifest.json", [manifest])
-            shutil.rmtree(folder, ignore_errors=True)  # damaged, or the run would not be here
-            aside.rename(folder)
-            for old in checkpoints(args.run_dir)[args.keep_checkpoints:]:
-                shutil.rmtree(old)
-    except (OSError, RuntimeError, SafetensorError) as error:  # all three come of a full disk
-        cannot_write(aside, error)
-
-def seal(path):
-    """(bytes, SHA-256) of a file, after it has reached the disk."""
-    with open(path, "rb") as f:
-        os.fsync(f.fileno())
-        return path.stat().st_size, hashlib.file_digest(f, "sha256").hexdigest()
-
-def checkpoints(run_dir):
-    """The run's checkpoint folders, newest first; .part ones are none."""
-    found = [p for p in Path(run_dir).glob("checkpoints/step_*") if p.suffix != ".part"]
-    return sorted(found, key=lambda p: -int(p.name[5:]))
-
-def damage(folder):
-    """What is wrong with a checkpoint, by its manifest; None if nothing is."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        wrong = [name for name, sealed in manifest.items() if [*seal(folder / name)] != sealed]
-    except (OSError, ValueError) as error:
-        return str(error)
-    return f"{', '.join(wrong)}: not what was written" if wrong else None
-
-def resume_point(args):
-    """(step, folder) to go on from; (0, None) for a new run. Metrics behind it are taken away."""
-    point = (0, None)
-    if args.resume and dist.get_rank() == 0:
-        for folder in checkpoints(args.run_dir):
-            wrong = damage(folder)
-            if wrong is None:
-                point = (int(folder.name[5:]), folder)
-                break
-            print(f"{folder} is damaged ({wrong}): the one before it is used", file=sys.stderr)
-        metrics = Path(args.run_dir) / "metrics.jsonl"
-        if metrics.exists():
-            lines = [json.loads(line) for line in metrics.read_text().splitlines(True)
-                     if line.endswith("\n")]
-            write_lines(metrics, [m for m in lines if m["step"] <= point[0]])
-        print(f"{args.run_dir}: goes on behind step {point[0]}", flush=True)
-    return exchange([point])[0]
-
-def optimizer_parameters(model, optimizer):
-    """{name: parameter as the optimizer has it}: all of them, or this rank's masters."""
-    names = [name for name, _ in model.named_parameters()]
-    if isinstance(optimizer, MasterAdamW):
-        names = [n for i, n in enumerate(names) if optimizer.owner[i] == dist.get_rank()]
-    return dict(zip(names, optimizer.param_groups[0]["params"], strict=True))
-
-def trainer_state(model, optimizer):
-    """{name: its tensors}, what this rank alone knows. No random numbers: all are drawn from
-    (seed, step, row), and the data order from (seed, step)."""
-    if dist.get_rank() and not isinstance(optimizer, MasterAdamW):
-        return {}  # the same on every rank
-    return {name: dict(optimizer.state[p], value=p.detach())
-            for name, p in optimizer_parameters(model, optimizer).items()}
-
-def load_trainer_state(folder, model, optimizer):
-    """Gives the optimizer its tensors back, whichever rank has written them."""
-    held, files = optimizer_parameters(model, optimizer), sorted(folder.glob("trainer_state_*.pt"))
-    for path in files:
-        for name, tensors in torch.load(path, mmap=True, weights_only=True).items():
-            if name in held:
-                held[name].data.copy_(tensors.pop("value"))
-                optimizer.state[held[name]] = {k: v.clone() for k, v in tensors.items()}
-    if len(files) != dist.get_world_size() and dist.get_rank() == 0:
-        print(f"{folder} was written by {len(files)} ranks and goes on with "
-              f"{dist.get_world_size()}: the same weights, another sequence of random numbers")
 
 def averages(rollouts):
     """What people watch: score, length in tokens, epistemic markers, share of cut answers."""
@@ -873,31 +492,6 @@ def evaluate(llm, verifier, benchmarks, step, args):
             tqdm.write(f"  eval {name:10s} score {s['score']:.3f}  len {s['length']:6,.0f}  "
                        f"epistemic {s['epistemic']:5.1f}")
     return summary
-
-def report_skipped(run_dir, step, rollouts, in_a_row):
-    """An update with an infinite or undefined gradient was not made: keeps all that it was made of.
-
-    Ends the run at the third step in a row: what has gone wrong does not mend itself.
-    """
-    path = run_dir / f"rollouts/step_{step}_skipped.jsonl"
-    if dist.get_rank() == 0:
-        write_lines(path, [record(r, row=r.row) for r in rollouts])
-        tqdm.write(f"step {step}: gradient infinite or undefined, update skipped; see {path}")
-    if in_a_row == 3:
-        sys.exit("error: three steps in a row without a usable gradient: lower --lr, or go on from "
-                 "an earlier checkpoint with --resume")
-
-def tick(clock, phase):
-    """Ends a phase of the step: adds its name, the time, and the memory it has come to, in bytes.
-
-    On a GPU that is all that is taken, by vLLM as well: torch's allocator keeps its peak.
-    """
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        memory = total - free
-    else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of the run so far
-    clock.append((phase, time.time(), memory))
 
 def log(run_dir, step, rollouts, metrics, lr, clock):
     """A line of metrics.jsonl, one on the screen, and the step's first 64 texts."""
@@ -1013,6 +607,420 @@ def main():
     del ddp  # freed after the group is gone, it can hang (gloo, torch 2.13)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+# --- memory (from here on nothing of the paper: what a long run needs) ---------------------------
+
+def memory_needs(parameters, config, tokens, copies, ranks):
+    """Bytes of a GPU: (always there, AdamW's state, a micro-batch of `tokens`, vLLM at the least).
+
+    A parameter takes 2 bytes in each of `copies` (weights, gradient, SDPO's teacher) and 14 / ranks
+    of AdamW. Every layer keeps its input for the backward and one is alive as a whole: 40 more of a
+    hidden state's size (an MLP three times as wide: 12, with norms and attention about 20, twice for
+    the gradients). 3 GB, a guess, are a chunk of logits and what else comes and goes. vLLM has
+    weights of its own, 2 bytes, and needs 4 GB or more of KV cache. Not yet held against a GPU.
+    """
+    activations = 2 * tokens * config.hidden_size * (config.num_hidden_layers + 40) + 3e9
+    return 2 * copies * parameters, 14 * parameters / ranks, activations, 2 * parameters + 4e9
+
+def memory_plan(args, config, copies):
+    """(AdamW's state in CPU memory?, vLLM's share of the GPU) from what is free on it."""
+    if not torch.cuda.is_available():
+        return False, 0.5  # which vLLM ignores on CPU: VLLM_CPU_KVCACHE_SPACE
+    from transformers import AutoModelForCausalLM
+    with torch.device("meta"):
+        parameters = AutoModelForCausalLM.from_config(config).num_parameters()
+    free, total = torch.cuda.mem_get_info()
+    tokens = max(args.tokens_per_micro_batch, args.max_prompt_tokens + args.max_response_tokens)
+    always, state, activations, engine = memory_needs(parameters, config, tokens, copies,
+                                                      dist.get_world_size())
+    needed = always + max(activations, engine)  # one sleeps while the other works
+    offload = needed + state > free if args.offload_optimizer is None else args.offload_optimizer
+    always += 0 if offload else state
+    if always + max(activations, engine) > free:
+        needed = always + max(activations, engine)
+        fail(f"--model {args.model}: needs about {needed / 1e9:.0f} GB of every GPU, "
+             f"{free / 1e9:.0f} GB are free")
+    return offload, (free - always - 2e9) / total
+
+class MasterAdamW(torch.optim.AdamW):
+    """AdamW of bfloat16 weights by way of float32 masters; every tensor has one rank as its owner.
+
+    A step of 1e-6 is a hundredth of bfloat16's spacing at a weight of 0.02: by itself such a weight
+    never moves. Its master does, and the weight follows as the master's rounding. Bytes a
+    parameter: on every GPU 2 of weight and 2 of gradient; at the owner 4 of master, 8 of moments
+    and 2 of gradient (ZeRO stage 1), on its GPU or in CPU memory. Qwen3-8B's 8.19e9 parameters on
+    one GPU: 33 GB there and 115 GB in CPU memory; on eight, 14 GB each. `weights` are in the same
+    order everywhere.
+    """
+
+    def __init__(self, weights, device, **how):
+        self.weights, load, self.owner = list(weights), [0] * dist.get_world_size(), {}
+        for i in sorted(range(len(self.weights)), key=lambda i: -self.weights[i].numel()):
+            self.owner[i] = load.index(min(load))
+            load[self.owner[i]] += self.weights[i].numel()
+        self.mine = [w for i, w in enumerate(self.weights) if self.owner[i] == dist.get_rank()]
+        masters = [w.detach().to(device, torch.float32, copy=True) for w in self.mine]
+        self.sums, self.scale = [torch.zeros_like(w, device=device) for w in self.mine], 1.0
+        super().__init__(masters, fused=True, **how)
+        # One pinned tensor on the way: to pin all would round each one's size up to a power of two
+        largest, off = max(w.numel() for w in self.mine), self.mine[0].device != masters[0].device
+        self.way = torch.empty(largest, dtype=self.mine[0].dtype, device=device, pin_memory=off)
+        self.grad = torch.empty(largest, device=device)
+
+    def zero_grad(self, set_to_none=False):
+        torch._foreach_zero_(self.sums)  # the weights' gradients are 0 since the last fold
+        self.scale = 1.0
+
+    @torch.no_grad()
+    def fold(self):
+        """Ends a round of micro-batches: their gradient goes from the weights to their owners.
+
+        A sum of sums, because bfloat16 has 8 bits: a term below a 512th of what is there adds
+        nothing. 683 added one by one came out 17% off, in rounds of 32 0.7% (benchmarks/NOTES.md).
+        """
+        for weight, total in zip(self.mine, self.sums):
+            total += self.way[: weight.numel()].view_as(weight).copy_(weight.grad)
+        torch._foreach_zero_([w.grad for w in self.weights])
+
+    @torch.no_grad()
+    def clip(self, limit):
+        """Has step scale the gradient to a norm of at most `limit`; returns what it is."""
+        square = sum(torch.linalg.vector_norm(s, dtype=torch.float32).square() for s in self.sums)
+        dist.all_reduce(square)
+        norm = square.sqrt().item()
+        self.scale = min(1.0, limit / (norm + 1e-6))
+        return norm
+
+    @torch.no_grad()
+    def step(self):
+        """Tensor by tensor: the gradient is never whole in float32."""
+        masters = self.param_groups[0]["params"]
+        for weight, total, master in zip(self.mine, self.sums, masters):
+            way, master.grad = (buffer[: weight.numel()].view_as(weight)
+                                for buffer in (self.way, self.grad))
+            master.grad.copy_(total).mul_(self.scale)
+            super().step()
+            master.grad = None
+            weight.copy_(way.copy_(master))
+        for i, weight in enumerate(self.weights):
+            dist.broadcast(weight.detach(), self.owner[i])
+
+ROUND = 32  # micro-batches whose gradients are added in bfloat16 before they are folded
+
+def rounds(batches, optimizer):
+    """A rank's micro-batches as (micro-batch, whether an all-reduce follows) pairs.
+
+    In float32 one all-reduce comes at the end. MasterAdamW wants one every ROUND micro-batches, as
+    many on every rank: a rank with fewer, or none, joins in with empty ones.
+    """
+    most = max(exchange([len(batches)]))
+    number = -(-most // ROUND) if isinstance(optimizer, MasterAdamW) else 1
+    batches = batches + [[]] * (number - len(batches))
+    cuts = [len(batches) * i // number for i in range(1, number + 1)]
+    return [(micro, i + 1 in cuts) for i, micro in enumerate(batches)]
+
+def clip_gradient(model, optimizer):
+    """Scales the gradient to a norm of at most 1 (Table 8); returns what it was."""
+    if isinstance(optimizer, MasterAdamW):
+        return optimizer.clip(1.0)
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+
+def in_parallel(student):
+    """DDP, its buckets being the gradients themselves: they are there before it and stay for ever.
+
+    Set to None in between, what no_sync adds up would lie beside the buckets, Qwen3-8B's in 16 GB.
+    """
+    for p in student.parameters():
+        p.grad = torch.zeros_like(p)
+    return DistributedDataParallel(student, gradient_as_bucket_view=True)
+
+def tick(clock, phase):
+    """Ends a phase of the step: adds its name, the time, and the memory it has come to, in bytes.
+
+    On a GPU that is all that is taken, by vLLM as well: torch's allocator keeps its peak.
+    """
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        memory = total - free
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of the run so far
+    clock.append((phase, time.time(), memory))
+
+# --- checkpoints ---------------------------------------------------------------------------------
+
+def check_run_dir(args):
+    """A new run wants a new folder; a resumed one its own, and the flags it began with."""
+    run_dir, config = Path(args.run_dir), Path(args.run_dir) / "config.json"
+    if not args.resume and run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        fail(f"--run_dir {run_dir} already holds results: name another folder, remove it, or go on "
+             f"with --resume")
+    whole = run_dir.absolute()
+    there = next(path for path in (whole, *whole.parents) if path.exists())
+    if not os.access(there, os.W_OK):
+        fail(f"--run_dir {run_dir}: {there} cannot be written to")
+    if args.resume and config.exists():
+        free = {"resume", "steps", "eval_data", "eval_rollouts", "eval_every", "save_every",
+                "keep_checkpoints", "offload_optimizer"}
+        try:
+            began = json.loads(config.read_text())
+        except (OSError, ValueError) as error:
+            fail(f"{config}: cannot be read ({error})")
+        changed = [f"--{name} {value} (was {began.get(name)})" for name, value in vars(args).items()
+                   if name not in free and began.get(name) != value]
+        if changed:
+            fail(f"--resume wants the flags that {run_dir} began with: {', '.join(changed)}")
+
+def cannot_write(path, error):
+    """A full disk, a folder made read-only or deleted under the run: one line, exit code 1."""
+    sys.exit(f"error: {path}: cannot be written ({error!r:.200}); what was finished is whole: put "
+             f"that right and go on from there")
+
+def write_lines(path, rows):
+    """JSON Lines, written aside and renamed, so that a reader never finds half a file."""
+    aside = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        aside.rename(path)
+    except OSError as error:
+        cannot_write(path, error)
+
+def append_line(path, row):
+    """A line more of a run's file. Where config.json is gone, so is the run: nothing begins anew."""
+    try:
+        path.with_name("config.json").stat()
+        with open(path, "a") as f:
+            f.write(json.dumps(row) + "\n")
+    except OSError as error:
+        cannot_write(path, error)
+
+def save_checkpoint(model, tokenizer, step, state, args):
+    """A Hugging Face folder with every rank's trainer state in it, whole or not there at all.
+
+    Written aside, sealed with a manifest, renamed; then all but the newest --keep_checkpoints go.
+    """
+    folder = Path(args.run_dir) / f"checkpoints/step_{step}"
+    aside, rank = folder.with_name(folder.name + ".part"), dist.get_rank()
+    try:
+        if rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)  # of a killed run
+            model.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
+        exchange([])  # the folder is there
+        torch.save(state, aside / f"trainer_state_{rank}.pt")
+        exchange([])  # all ranks have written
+        if rank == 0:
+            manifest = {path.name: seal(path) for path in sorted(aside.iterdir())}
+            write_lines(aside / "manifest.json", [manifest])
+            shutil.rmtree(folder, ignore_errors=True)  # damaged, or the run would not be here
+            aside.rename(folder)
+            for old in checkpoints(args.run_dir)[args.keep_checkpoints:]:
+                shutil.rmtree(old)
+    except (OSError, RuntimeError, SafetensorError) as error:  # all three come of a full disk
+        cannot_write(aside, error)
+
+def seal(path):
+    """(bytes, SHA-256) of a file, after it has reached the disk."""
+    with open(path, "rb") as f:
+        os.fsync(f.fileno())
+        return path.stat().st_size, hashlib.file_digest(f, "sha256").hexdigest()
+
+def checkpoints(run_dir):
+    """The run's checkpoint folders, newest first; .part ones are none."""
+    found = [p for p in Path(run_dir).glob("checkpoints/step_*") if p.suffix != ".part"]
+    return sorted(found, key=lambda p: -int(p.name[5:]))
+
+def damage(folder):
+    """What is wrong with a checkpoint, by its manifest; None if nothing is."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        wrong = [name for name, sealed in manifest.items() if [*seal(folder / name)] != sealed]
+    except (OSError, ValueError) as error:
+        return str(error)
+    return f"{', '.join(wrong)}: not what was written" if wrong else None
+
+def resume_point(args):
+    """(step, folder) to go on from; (0, None) for a new run. Metrics behind it are taken away."""
+    point = (0, None)
+    if args.resume and dist.get_rank() == 0:
+        for folder in checkpoints(args.run_dir):
+            wrong = damage(folder)
+            if wrong is None:
+                point = (int(folder.name[5:]), folder)
+                break
+            print(f"{folder} is damaged ({wrong}): the one before it is used", file=sys.stderr)
+        metrics = Path(args.run_dir) / "metrics.jsonl"
+        if metrics.exists():
+            lines = [json.loads(line) for line in metrics.read_text().splitlines(True)
+                     if line.endswith("\n")]
+            write_lines(metrics, [m for m in lines if m["step"] <= point[0]])
+        print(f"{args.run_dir}: goes on behind step {point[0]}", flush=True)
+    return exchange([point])[0]
+
+def optimizer_parameters(model, optimizer):
+    """{name: parameter as the optimizer has it}: all of them, or this rank's masters."""
+    names = [name for name, _ in model.named_parameters()]
+    if isinstance(optimizer, MasterAdamW):
+        names = [n for i, n in enumerate(names) if optimizer.owner[i] == dist.get_rank()]
+    return dict(zip(names, optimizer.param_groups[0]["params"], strict=True))
+
+def trainer_state(model, optimizer):
+    """{name: its tensors}, what this rank alone knows. No random numbers: all are drawn from
+    (seed, step, row), and the data order from (seed, step)."""
+    if dist.get_rank() and not isinstance(optimizer, MasterAdamW):
+        return {}  # the same on every rank
+    return {name: dict(optimizer.state[p], value=p.detach())
+            for name, p in optimizer_parameters(model, optimizer).items()}
+
+def load_trainer_state(folder, model, optimizer):
+    """Gives the optimizer its tensors back, whichever rank has written them."""
+    held, files = optimizer_parameters(model, optimizer), sorted(folder.glob("trainer_state_*.pt"))
+    for path in files:
+        for name, tensors in torch.load(path, mmap=True, weights_only=True).items():
+            if name in held:
+                held[name].data.copy_(tensors.pop("value"))
+                optimizer.state[held[name]] = {k: v.clone() for k, v in tensors.items()}
+    if len(files) != dist.get_world_size() and dist.get_rank() == 0:
+        print(f"{folder} was written by {len(files)} ranks and goes on with "
+              f"{dist.get_world_size()}: the same weights, another sequence of random numbers")
+
+# --- start, signals, ranks -----------------------------------------------------------------------
+
+def load_tokenizer(args):
+    """(tokenizer, config) of --model: what can be wrong with it shows before its weights load."""
+    from transformers import AutoConfig, AutoTokenizer
+    try:
+        config = AutoConfig.from_pretrained(args.model)
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+    except (OSError, ValueError) as error:
+        fail(f"--model {args.model}: no model folder, and no model on the hub "
+             f"({str(error).strip().splitlines()[0]})")
+    if tokenizer.chat_template is None:
+        fail(f"--model {args.model}: its tokenizer has no chat template")
+    if len(tokenizer) > config.vocab_size:
+        fail(f"--model {args.model}: the tokenizer has {len(tokenizer):,} tokens and the model "
+             f"{config.vocab_size:,}: they do not belong together")
+    if tokenizer.eos_token_id is None:
+        fail(f"--model {args.model}: its tokenizer has no end token, so no answer would end")
+    if int(os.environ.get("RANK", 0)) == 0:
+        if args.enable_thinking and not any(word in str(tokenizer.chat_template)
+                                            for word in ("enable_thinking", "<think>")):
+            print(f"{args.model}: its chat template has no thinking to switch on")
+        if not ends_answers(tokenizer, args.model):
+            print(f"{args.model}: its chat template ends no answer with {tokenizer.eos_token}: most "
+                  f"will run on to --max_response_tokens")
+    return tokenizer, config
+
+def ends_answers(tokenizer, model):
+    """Whether an answer in the chat template is followed by a token that vLLM stops at."""
+    from transformers import GenerationConfig
+    ends = [tokenizer.eos_token_id]
+    with contextlib.suppress(OSError):  # a folder without generation_config.json
+        more = GenerationConfig.from_pretrained(model).eos_token_id
+        ends += more if isinstance(more, list) else [more]
+    chat = [dict(role="user", content="Question"), dict(role="assistant", content="Answer")]
+    _, _, behind = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("Answer")
+    return not set(ends).isdisjoint(tokenizer.encode(behind, add_special_tokens=False))
+
+def start_process_group():
+    """torchrun's group, or under plain python one of a single process; returns its device."""
+    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1).items():
+        os.environ.setdefault(name, str(value))
+    if not torch.cuda.is_available():
+        dist.init_process_group("gloo", **alone)
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl", **alone)
+    return device
+
+# What SIGTERM and Ctrl-C leave: when the first came, and whether one may break off the sampling.
+stop = dict(asked=None, breaks=False)
+
+def on_signal(number, _):
+    """The first ends the run in good order; one more than a second later, at once."""
+    if stop["asked"] and time.time() > stop["asked"] + 1:
+        os._exit(128 + number)
+    stop["asked"] = stop["asked"] or time.time()
+    if stop["breaks"]:
+        raise KeyboardInterrupt
+
+def until_stopped(sample, *args):
+    """sample(*args), or nothing if a signal comes first; only where no rank waits for another."""
+    try:
+        stop["breaks"] = True
+        return [] if stop["asked"] else sample(*args)
+    except KeyboardInterrupt:
+        return []
+    finally:
+        stop["breaks"] = False
+
+def stopped():
+    """Whether a signal has reached any rank: all of them hear the same."""
+    return any(exchange([stop["asked"] is not None]))
+
+@contextlib.contextmanager
+def watch_ranks(limit=40):
+    """Ends the job if a rank shows no sign of life for `limit` seconds: stopped, or unreachable.
+
+    The others would wait for it in a collective for half an hour. A thread of every rank counts up
+    in torchrun's store; who sees another's count stand still says so, kills it if it can (torchrun
+    itself asks first, and waits 30 s), and leaves. The thread ends before the process does: caught
+    inside the store by the interpreter's end, it aborts it.
+    """
+    rank, world_size, over = dist.get_rank(), dist.get_world_size(), threading.Event()
+    if world_size == 1:
+        yield
+        return
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(*address, is_master=False)
+
+    def watch():
+        last = {other: (None, time.monotonic()) for other in range(world_size)}
+        for count in itertools.count():
+            store.set(f"alive/{rank}", f"{count} {socket.gethostname()} {os.getpid()}")
+            for other, (said, since) in last.items():
+                key = f"alive/{other}"
+                says = store.get(key).decode() if store.check([key]) else None
+                if says != said:
+                    last[other] = (says, time.monotonic())
+                elif says != "ended" and time.monotonic() > since + limit:
+                    print(f"error: rank {other} has shown no sign of life for {limit} s: the job "
+                          f"ends; --resume goes on", file=sys.stderr, flush=True)
+                    _, host, pid = said.split() if said else (None, None, None)
+                    if host == socket.gethostname():
+                        os.kill(int(pid), signal.SIGKILL)
+                    os._exit(1)
+            if over.wait(2):
+                return store.set(f"alive/{rank}", "ended")
+
+    def watch_or_end():
+        try:
+            watch()
+        except dist.DistError:
+            print(f"error: rank {rank} has lost torchrun: it ends", file=sys.stderr, flush=True)
+            os._exit(1)
+    thread = threading.Thread(target=watch_or_end, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+def report_skipped(run_dir, step, rollouts, in_a_row):
+    """An update with an infinite or undefined gradient was not made: keeps all that it was made of.
+
+    Ends the run at the third step in a row: what has gone wrong does not mend itself.
+    """
+    path = run_dir / f"rollouts/step_{step}_skipped.jsonl"
+    if dist.get_rank() == 0:
+        write_lines(path, [record(r, row=r.row) for r in rollouts])
+        tqdm.write(f"step {step}: gradient infinite or undefined, update skipped; see {path}")
+    if in_a_row == 3:
+        sys.exit("error: three steps in a row without a usable gradient: lower --lr, or go on from "
+                 "an earlier checkpoint with --resume")
 
 if __name__ == "__main__":
     main()

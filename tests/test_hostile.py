@@ -29,7 +29,8 @@ def test_hostile_answers():
         assert not fooled
         assert verifier.verify(["\\boxed{7}", "\\boxed{8}"], ["7", "7"]) == [1.0, 0.0]  # it lives
     seconds = time.monotonic() - start
-    assert seconds < len(cases) * (LIMIT + START) / WORKERS
+    stopped = verifier.timeouts + verifier.crashes
+    assert seconds < stopped * (LIMIT + START) / WORKERS + 30  # the others take no time to speak of
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 500 * 1024  # KiB, of this process: the workers have a limit of their own
     assert not Path("/tmp/owned").exists()
