@@ -5,7 +5,7 @@ run that nobody touched: the same metrics (all but times and memory) and the sam
     python tests/kill.py --script grpo.py --kills 6 --ranks 2
 
 A kill's moment is drawn: a phase of the step (sampling, verification, update, weight sync, saving) and a
-time within it. What is printed is the phase that the trainer itself had noted when it died.
+time from its beginning. What is printed is the phase that the trainer itself had noted when it died.
 """
 import argparse
 import collections
@@ -17,48 +17,55 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PHASES = {  # the function that is the phase, and its length on the toy, seconds
-    "sampling": ("generate", 2.0),
-    "verification": ("mark", 0.1),
-    "update": ("update", 1.5),
-    "weight sync": ("sync_weights", 0.02),
-    "saving": ("save_checkpoint", 0.1),
+    "sampling": ("generate", 0.6),
+    "verification": ("mark", 0.01),
+    "update": ("update", 0.3),
+    "weight sync": ("sync_weights", 0.01),
+    "saving": ("save_checkpoint", 0.05),
 }
 
 
 def trainer():
-    """The script's main(), with the running phase noted in a file. Runs in a process of its own."""
-    script, note, *argv = sys.argv[2:]
+    """The script's main(), in a process of its own, the running phase noted in a file. Where the
+    argument `plan` names a phase, a number and seconds, SIGKILL comes so long after the phase has
+    begun for so many times."""
+    script, note, plan, *argv = sys.argv[2:]
     sys.path.insert(0, str(ROOT))
     module = __import__(Path(script).stem)
     speaks = os.environ.get("RANK", "0") == "0"
+    job = os.getppid() if "RANK" in os.environ else os.getpid()  # torchrun, and all below it
+    target, number, delay = plan.split(",")
+    begun = collections.Counter()
 
     def noted(phase, function):
         def call(*args, **kwargs):
-            if speaks:
-                Path(note).write_text(phase)
+            begun[phase] += 1
+            Path(note).write_text(phase)
+            if phase == target and begun[phase] == int(number):
+                threading.Timer(float(delay), kill_family, [job]).start()
             try:
                 return function(*args, **kwargs)
             finally:
-                if speaks:
-                    Path(note).write_text("between")
+                Path(note).write_text("between")
         return call
-    for phase, (name, _) in PHASES.items():
+    for phase, (name, _) in PHASES.items() if speaks else ():
         setattr(module, name, noted(phase, getattr(module, name)))
     sys.argv = [script, *argv]
     module.main()
 
 
-def start(script, ranks, note, argv):
+def start(script, ranks, note, argv, plan=",0,0"):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone",
               "--nproc_per_node", str(ranks)] if ranks > 1 else [sys.executable]
     env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore", TORCH_CPP_LOG_LEVEL="ERROR")
     log = open(note.with_suffix(".log"), "a")
-    return subprocess.Popen([*launch, __file__, "trainer", script, str(note), *map(str, argv)],
+    return subprocess.Popen([*launch, __file__, "trainer", script, str(note), plan, *map(str, argv)],
                             cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
 
 
@@ -103,27 +110,19 @@ def killed_run(folder, script, ranks, kills, steps, argv, rng):
     rng.shuffle(wanted)
     while True:
         note.write_text("start-up")
-        job = start(script, ranks, note, [*argv, "--resume"])
-        target = wanted[-1] if wanted else None
-        skip = rng.randrange(max(1, steps // 4))  # not always the first time the phase comes
-        seen = "start-up"
-        while job.poll() is None:
-            phase = note.read_text()
-            if phase == target and phase != seen:
-                skip -= 1
-                if skip < 0:
-                    time.sleep(rng.random() * PHASES[target][1])
-                    hit[note.read_text() or "between"] += 1
-                    kill_family(job.pid)
-                    wanted.pop()
-                    break
-            seen = phase
-            time.sleep(0.001)
-        job.wait()
-        if job.returncode == 0:  # to the end, with kills left over if the steps were too few
+        plan = ",0,0"
+        if wanted:  # mostly the first time that the phase comes, or the steps would not last
+            saved = max([int(p.name[5:]) for p in folder.glob("run/**/step_*")
+                         if p.is_dir() and p.suffix != ".part"], default=0)
+            number = min(rng.choice([1, 1, 2]), steps - saved)
+            plan = f"{wanted[-1]},{number},{rng.random() * PHASES[wanted[-1]][1]}"
+        job = start(script, ranks, note, [*argv, "--resume"], plan)
+        if job.wait() == 0:
             return hit
         if job.returncode != -signal.SIGKILL:
             raise RuntimeError(note.with_suffix(".log").read_text()[-3000:])
+        hit[note.read_text()] += 1
+        wanted.pop()
 
 
 def arguments(script, steps, folder):
