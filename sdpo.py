@@ -238,24 +238,27 @@ def token_losses(hidden, head, targets, temperature, teacher=None, top_k=None, a
     softmax and the rest; the teacher is read at the same ids. The logits of a chunk live while it
     is computed, and are made again in backward.
     """
-    def chunk(h, y, teacher_h=None):
+    known = {}  # {chunk: (the ids, the teacher's side)}: the second pass, in backward, looks them up
+
+    def chunk(i, h, y, teacher_h=None):
         logits = head(h).float().div_(temperature)  # (C, V)
         ids = y[:, None]
         if teacher_h is not None:
-            with torch.no_grad():
-                top = logits.topk(min(top_k, logits.shape[-1]), dim=-1).indices  # (C, k)
-                teacher_logits = teacher[1](teacher_h).float().div_(temperature)
-                teacher_top = teacher_logits.gather(-1, top) - teacher_logits.logsumexp(-1, True)
-                del teacher_logits
-            ids = torch.cat([ids, top], dim=-1)
+            if i not in known:
+                with torch.no_grad():
+                    top = logits.topk(min(top_k, logits.shape[-1]), dim=-1).indices  # (C, k)
+                    teacher_logits = teacher[1](teacher_h).float().div_(temperature)
+                    teacher_top = teacher_logits.gather(-1, top) - teacher_logits.logsumexp(-1, True)
+                    known[i] = top, with_tail(teacher_top)
+                    del teacher_logits
+            ids = torch.cat([ids, known[i][0]], dim=-1)
         # one gather for both, since the backward of each would make a (C, V) of its own
         logprobs = logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)  # (C, 1 + k)
         if teacher_h is None:
             return torch.zeros_like(logprobs[:, 0]), logprobs[:, 0]
-        student_top = with_tail(logprobs[:, 1:])
-        return divergence(student_top, with_tail(teacher_top), alpha), logprobs[:, 0]
+        return divergence(with_tail(logprobs[:, 1:]), known[i][1], alpha), logprobs[:, 0]
     columns = [hidden, targets] + ([teacher[0]] if teacher else [])
-    parts = zip(*(column.split(CHUNK) for column in columns))
+    parts = zip(itertools.count(), *(column.split(CHUNK) for column in columns))
     losses, logprobs = zip(*(checkpoint(chunk, *part, use_reentrant=False) for part in parts))
     return torch.cat(losses), torch.cat(logprobs)
 
