@@ -191,3 +191,38 @@ def test_rounds_give_the_gradient_of_one(tmp_path, ranks):
          str(ranks), str(tmp_path / "job.py"), str(ROOT)], capture_output=True, text=True,
         timeout=300)
     assert said.returncode == 0, said.stdout + said.stderr
+
+
+def qwen3(layers, hidden, mlp, heads, tied):
+    from transformers import Qwen3Config
+    return Qwen3Config(hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, head_dim=128,
+                       num_attention_heads=heads, num_key_value_heads=8, vocab_size=151936,
+                       tie_word_embeddings=tied)
+
+
+QWEN3_8B, QWEN3_1_7B = qwen3(36, 4096, 12288, 32, False), qwen3(28, 2048, 6144, 16, True)
+
+
+@pytest.mark.parametrize("config, gigabytes, ranks, flags, offload", [
+    (QWEN3_8B, 79, 1, [], True),
+    (QWEN3_8B, 140, 8, [], False),
+    (QWEN3_8B, 140, 8, ["--offload_optimizer"], True),
+    (QWEN3_1_7B, 79, 1, [], False),
+    (QWEN3_8B, 79, 8, ["--no-offload_optimizer"], None),  # asked for what does not fit
+    (QWEN3_8B, 40, 8, [], None)])
+def test_memory_plan(monkeypatch, capsys, config, gigabytes, ranks, flags, offload):
+    """On GPUs that are not here: what is free on them is made up, the rest is the scripts' own."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (gigabytes * 1e9, gigabytes * 1.02e9))
+    monkeypatch.setattr(dist, "get_world_size", lambda: ranks)
+    args = sdpo.parse_args(["--model", "x", *flags])
+    if offload is None:
+        with pytest.raises(SystemExit) as end:
+            sdpo.memory_plan(args, config, copies=3)
+        assert end.value.code == 2 and f"{gigabytes} GB are free" in capsys.readouterr().err
+        return
+    got, share = sdpo.memory_plan(args, config, copies=3)
+    assert got is offload
+    always, state, _, engine = sdpo.memory_needs(8.19e9 if config is QWEN3_8B else 1.72e9, config, 24576, 3, ranks)
+    kept = always + (0 if offload else state)  # what vLLM must leave alone, and what it needs itself
+    assert engine < share * gigabytes * 1.02e9 < gigabytes * 1e9 - kept
