@@ -767,7 +767,7 @@ class MasterAdamW(torch.optim.AdamW):
         """Ends a round of micro-batches: their gradient goes from the weights to their owners.
 
         A sum of sums, because bfloat16 has 8 bits: a term below a 512th of what is there adds
-        nothing. 683 added one by one came out 17% off, in rounds of 32 0.7% (benchmarks/NOTES.md).
+        nothing. 683 added one by one came out 18% off, in rounds of 32 0.7% (benchmarks/NOTES.md).
         """
         for weight, total in zip(self.mine, self.sums):
             total += self.way[: weight.numel()].view_as(weight).copy_(weight.grad)

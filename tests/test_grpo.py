@@ -292,6 +292,19 @@ def test_update_without_signal_computes_nothing(alone):
     assert metrics["updates"] == metrics["loss"] == metrics["mismatch"] == metrics["clipped"] == 0
 
 
+def test_a_step_without_signal_is_logged_as_such(alone, tmp_path, capsys):
+    ddp, optimizer, _ = learner(lr=1e-2)
+    (tmp_path / "config.json").write_text("{}")
+    for step, advantages in ((1, (0.0, 0.0)), (2, (0.5, -0.5))):
+        batch = sampled(ddp, [advantages] * 4)
+        metrics = grpo.update(ddp, optimizer, batch)
+        clock = [("start", 0.0, 1), ("update", 1.0, 1)]
+        grpo.log(tmp_path, step, batch, metrics, 1e-2, clock)
+    first, second = capsys.readouterr().out.splitlines()
+    assert "no signal" in first and "loss" not in first
+    assert "no signal" not in second and "loss" in second
+
+
 def test_update_without_signal_has_trained_on_no_token(alone):
     ddp, optimizer, _ = learner(lr=1e-2)
     assert grpo.update(ddp, optimizer, sampled(ddp, [(0.0, 0.0)] * 4))["trained_tokens"] == 0
