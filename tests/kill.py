@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -156,6 +157,8 @@ def compare(script, ranks, kills, steps, seed=0):
     hit = killed_run(folder / "killed", script, ranks, kills, steps, argv,
                      random.Random(seed))
     (m, w), (n, v) = (outcome(folder / name / results, steps) for name in ("whole", "killed"))
+    if m == n and w == v:  # else somebody will want to look
+        shutil.rmtree(folder)
     return hit, m == n, w == v
 
 
