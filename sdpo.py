@@ -609,14 +609,15 @@ def main():
     load = functools.partial(transformers.AutoModelForCausalLM.from_pretrained,
                              dtype=DTYPE[device.type])
     model = load(folder or args.model).to(device)
-    # The teacher: the initial weights, for ever (Sec. 5.4) unless --ema moves them.
-    teacher = load(args.model).to(device).requires_grad_(False)
-    # in CPU memory, once a step; there is no copy where the teacher is float32 on a CPU
-    averaged = [t.to("cpu", torch.float32) for t in teacher.parameters()] if args.ema else []
     if device.type == "cuda":
         model.gradient_checkpointing_enable(dict(use_reentrant=False))
         model.train()
     ddp = in_parallel(Student(model, args, device))
+    # The teacher: the initial weights, for ever (Sec. 5.4) unless --ema moves them. It comes
+    # after DDP, into the memory of the gradients that became DDP's buckets.
+    teacher = load(args.model).to(device).requires_grad_(False)
+    # in CPU memory, once a step; there is no copy where the teacher is float32 on a CPU
+    averaged = [t.to("cpu", torch.float32) for t in teacher.parameters()] if args.ema else []
     how = dict(lr=args.lr, weight_decay=0.01)  # Table 8
     if device.type == "cuda":
         optimizer = MasterAdamW(model.parameters(), "cpu" if offload else device, **how)

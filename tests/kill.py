@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PHASES = {  # the function that is the phase, and its length on the toy, seconds
     "sampling": ("generate", 0.6),
-    "verification": ("mark", 0.01),
+    "verification": ("mark", 0.002),
     "update": ("update", 0.3),
     "weight sync": ("sync_weights", 0.01),
     "saving": ("save_checkpoint", 0.05),
@@ -57,14 +57,19 @@ def trainer():
         return call
     for phase, (name, _) in PHASES.items() if speaks else ():
         setattr(module, name, noted(phase, getattr(module, name)))
+    if os.environ.get("MASTERS"):  # what a GPU has, on CPU
+        module.DTYPE, module.ROUND = dict(cpu=module.torch.bfloat16), 1
+        module.torch.optim.AdamW = lambda p, **how: module.MasterAdamW(p, "cpu", **how)
+        module.check_engine = lambda *_: None  # its limit here is float32's
     sys.argv = [script, *argv]
     module.main()
 
 
-def start(script, ranks, note, argv, plan=",0,0"):
+def start(script, ranks, note, argv, masters, plan=",0,0"):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone",
               "--nproc_per_node", str(ranks)] if ranks > 1 else [sys.executable]
-    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore", TORCH_CPP_LOG_LEVEL="ERROR")
+    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore", TORCH_CPP_LOG_LEVEL="ERROR",
+               MASTERS="yes" if masters else "")
     log = open(note.with_suffix(".log"), "a")
     return subprocess.Popen([*launch, __file__, "trainer", script, str(note), plan, *map(str, argv)],
                             cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
@@ -104,7 +109,7 @@ def outcome(run_dir, steps):
     return kept, hashlib.sha256(weights).hexdigest()
 
 
-def killed_run(folder, script, ranks, kills, steps, argv, rng):
+def killed_run(folder, script, ranks, kills, steps, argv, masters, rng):
     """Runs to the end through `kills` kills; returns how often which phase was hit."""
     hit, note = collections.Counter(), folder / "phase"
     wanted = [list(PHASES)[i % len(PHASES)] for i in range(kills)]
@@ -117,7 +122,7 @@ def killed_run(folder, script, ranks, kills, steps, argv, rng):
                          if p.is_dir() and p.suffix != ".part"], default=0)
             number = min(rng.choice([1, 1, 2]), steps - saved)
             plan = f"{wanted[-1]},{number},{rng.random() * PHASES[wanted[-1]][1]}"
-        job = start(script, ranks, note, [*argv, "--resume"], plan)
+        job = start(script, ranks, note, [*argv, "--resume"], masters, plan)
         if job.wait() == 0:
             return hit
         if job.returncode != -signal.SIGKILL:
@@ -131,7 +136,7 @@ def arguments(script, steps, folder):
     few = folder / "few.jsonl"
     few.write_text("".join((ROOT / "toy/data/in.jsonl").read_text().splitlines(True)[:4]))
     argv = ["--model", "toy/model", "--eval_data", few, "--lr", "1e-4", "--max_response_tokens", 300,
-            "--save_every", 1, "--eval_every", 4]
+            "--save_every", 1, "--eval_every", 4, "--tokens_per_micro_batch", 800]
     if script == "sft_distill.py":
         lines = (ROOT / "toy/data/train.jsonl").read_text().splitlines()[: 4 * steps]
         (folder / "d.jsonl").write_text("".join(json.dumps(dict(
@@ -144,17 +149,18 @@ def arguments(script, steps, folder):
             *(["--ema", 0.05] if script == "sdpo.py" else [])]
 
 
-def compare(script, ranks, kills, steps, seed=0):
+def compare(script, ranks, kills, steps, masters=False, seed=0):
     """(phases hit, whether metrics agree, whether weights agree)."""
     folder = Path(tempfile.mkdtemp())
     argv, results = arguments(script, steps, folder), "run/d" if script == "sft_distill.py" else "run"
     (folder / "whole").mkdir()
     (folder / "killed").mkdir()
-    whole = start(script, ranks, folder / "whole/phase", [*argv, "--run_dir", folder / "whole/run"])
+    whole = start(script, ranks, folder / "whole/phase", [*argv, "--run_dir", folder / "whole/run"],
+                  masters)
     if whole.wait():
         raise RuntimeError((folder / "whole/phase.log").read_text()[-3000:])
     argv += ["--run_dir", folder / "killed/run"]
-    hit = killed_run(folder / "killed", script, ranks, kills, steps, argv,
+    hit = killed_run(folder / "killed", script, ranks, kills, steps, argv, masters,
                      random.Random(seed))
     (m, w), (n, v) = (outcome(folder / name / results, steps) for name in ("whole", "killed"))
     if m == n and w == v:  # else somebody will want to look
@@ -170,11 +176,14 @@ def main():
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--masters", action="store_true",
+                        help="as on a GPU: bfloat16 weights, float32 masters")
     args = parser.parse_args()
     same = True
     for ranks in args.ranks:
         began = time.time()
-        hit, metrics, weights = compare(args.script, ranks, args.kills, args.steps)
+        hit, metrics, weights = compare(args.script, ranks, args.kills, args.steps,
+                                        args.masters)
         same &= metrics and weights
         print(f"{args.script}, {ranks} rank(s), {args.steps} steps, {sum(hit.values())} kills in "
               f"{time.time() - began:.0f} s: " + ", ".join(f"{n} {p}" for p, n in hit.most_common()))
