@@ -798,10 +798,11 @@ def load_trainer_state(folder, model, optimizer):
     """Gives the optimizer its tensors back, whichever rank has written them."""
     held, files = optimizer_parameters(model, optimizer), sorted(folder.glob("trainer_state_*.pt"))
     for path in files:
-        for name, tensors in torch.load(path, mmap=True, weights_only=True).items():
+        for name, tensors in torch.load(path, "cpu", mmap=True, weights_only=True).items():
             if name in held:
                 held[name].data.copy_(tensors.pop("value"))
-                optimizer.state[held[name]] = {k: v.clone() for k, v in tensors.items()}
+                optimizer.state[held[name]] = {k: v.to(held[name].device, copy=True)
+                                               for k, v in tensors.items()}
     if len(files) != dist.get_world_size() and dist.get_rank() == 0:
         print(f"{folder} was written by {len(files)} ranks and goes on with "
               f"{dist.get_world_size()}: the same weights, another sequence of random numbers")
