@@ -23,7 +23,7 @@ sdpo_ema := $(sdpo) --ema 0.05
 sdpo_8 := $(sdpo) --num_questions 8
 
 .PHONY: demo study seed test test-kill
-# Two runs at a time with a thread each: sooner than one after the other with two, and the same digits.
+# Two runs at a time with a thread each: half the time of one after the other with two.
 demo: .venv/installed
 	rm -rf runs/demo
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory -j 2 runs/demo/sft/summary.json \
