@@ -51,7 +51,7 @@ $(OUT)/%/checkpoints/step_$(STEPS):
 	$(QUIET) $(BIN)/torchrun --standalone $($*) $(TRAIN) --run_dir $(OUT)/$*
 
 test: .venv/installed
-	$(QUIET) $(BIN)/python -m pytest -q -p no:cacheprovider tests
+	$(QUIET) $(BIN)/python -m pytest -q -rs -p no:cacheprovider tests
 test-kill: .venv/installed
 	$(BIN)/python tests/kill.py
 
