@@ -65,6 +65,29 @@ def count(text: str, whole_word: bool = False) -> int:
     return sum(count_by_marker(text, whole_word).values())
 
 
+def record(text, reward, tokens, finished, **more):
+    """A graded response as a line of the scripts' files, which this command and report.py read.
+
+    `tokens`: its length; `finished`: it was not cut; `more`: what it answers.
+    """
+    return dict(more, correct=reward, tokens=tokens, finished=finished, epistemic=count(text),
+                response=text)
+
+
+def averages(records) -> dict:
+    """Means over records of what people watch; `truncated` is the share of cut answers."""
+    n = len(records)
+    return dict(score=sum(r["correct"] for r in records) / n,
+                length=sum(r["tokens"] for r in records) / n,
+                epistemic=sum(r["epistemic"] for r in records) / n,
+                truncated=sum(not r["finished"] for r in records) / n)
+
+
+def line(means) -> str:
+    """`averages` for the screen."""
+    return "score {score:.3f}  len {length:6,.0f}  epistemic {epistemic:5.1f}".format(**means)
+
+
 def _responses(record, field):
     if isinstance(record, str):
         return [record]
