@@ -359,7 +359,7 @@ def table(rows):
 def main():
     args = parse_args()
     check_args(args)
-    tokenizer = load_tokenizer(args)
+    tokenizer, _ = load_tokenizer(args.model, args.max_prompt_tokens + args.max_response_tokens)
     data = {path: load_examples(path, tokenizer, args) for path in args.data}
     benchmarks = {Path(s).stem: with_prompts(s, tokenizer, args) for s in args.eval_data}
     device = start_process_group()
@@ -698,24 +698,24 @@ def fail(message):
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
-def load_tokenizer(args):
-    """The tokenizer of --model: what can be wrong with it shows before any weights load."""
+def load_tokenizer(model, longest):
+    """(tokenizer, config) of a model: what can be wrong with it shows before any weights load."""
     from transformers import AutoConfig, AutoTokenizer
     try:
-        config = AutoConfig.from_pretrained(args.model)
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        config = AutoConfig.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
-        fail(f"--model {args.model}: no model folder, and no model on the hub "
+        fail(f"--model {model}: no model folder, and no model on the hub "
              f"({str(error).strip().splitlines()[0]})")
     if tokenizer.chat_template is None:
-        fail(f"--model {args.model}: its tokenizer has no chat template")
+        fail(f"--model {model}: its tokenizer has no chat template")
     if len(tokenizer) > config.vocab_size:
-        fail(f"--model {args.model}: the tokenizer has {len(tokenizer):,} tokens and the model "
+        fail(f"--model {model}: the tokenizer has {len(tokenizer):,} tokens and the model "
              f"{config.vocab_size:,}: they do not belong together")
-    if args.max_prompt_tokens + args.max_response_tokens > config.max_position_embeddings:
-        fail(f"--max_prompt_tokens + --max_response_tokens is more than the "
-             f"{config.max_position_embeddings:,} positions of {args.model}")
-    return tokenizer
+    if longest > config.max_position_embeddings:
+        fail(f"--max_prompt_tokens and --max_response_tokens: together {longest:,}, more than the "
+             f"{config.max_position_embeddings:,} positions of {model}")
+    return tokenizer, config
 
 def start_process_group():
     """torchrun's group, or under plain python one of a single process; returns its device."""
