@@ -2,30 +2,31 @@
 
 How does a model reason when it is shown the answer? Questions that it sometimes solves (accuracy
 between 0.125 and 0.5 over 8 samples) are asked again with more and less in the prompt; s is the
-question's first correct response.
+question's first correct response that was not cut.
   (1) unguided          nothing
   (2) full              c = s
   (3) without_think     c = s without its think part
   (4) regenerated       c = the first correct response of (2), else its first
   (5) uncertain         c = s, and a request for as much uncertainty as possible (App. C)
 
-    torchrun --nproc_per_node 8 generate_conditions.py --model deepseek-ai/DeepSeek-R1-Distill-Qwen-7B
-    python generate_conditions.py --model toy/model --data toy/data/train.jsonl --max_response_tokens 640
+    torchrun --nproc_per_node 8 generate_conditions.py \\
+        --model deepseek-ai/DeepSeek-R1-Distill-Qwen-7B
+    make demo                                               # a small one, on two CPU cores
 
 Prints Table 1 and Table 7 with standard errors, and Figure 9. Writes to --out
-    <context>.jsonl       every answer to the studied questions, a line each
-    d_ug.jsonl, d_sg.jsonl    the two SFT sets of Sec. 4: as many correct answers of (1) and of (2) to
-                          the same questions, under the plain prompt; for sft_distill.py
-    rounds/               finished work: a second start with the same --out goes on behind it
+    <context>.jsonl         every answer to the studied questions, a line each
+    d_ug.jsonl, d_sg.jsonl  the two SFT sets of Sec. 4: as many correct answers of (1) and of (2)
+                            to the same questions, under the plain prompt; for sft_distill.py
+    rounds/                 finished work: a second start with the same --out goes on after it
 Stops with what it has when the data runs out.
 
-What a reader of the paper would not expect:
+What a reader of the paper would not expect (the authors' code: commit 5c51051 of
+github.com/beanie00/self-distillation-analysis):
   - 100 such questions hold at most 400 pairs of correct answers, so Sec. 4's 800 need more: the
-    search goes on for them, with contexts (1) and (2) alone. (The authors' builder takes one pair a question.)
+    search goes on for them, with contexts (1) and (2) alone (theirs takes one pair a question)
   - the prompt differs in white space from the one that SDPO's teacher gets
 """
 import argparse
-import contextlib
 import json
 import logging
 import os
@@ -33,6 +34,7 @@ import re
 import statistics
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -44,10 +46,6 @@ from verifier import Verifier, load_questions
 # --- arguments -----------------------------------------------------------------------------------
 
 def parse_args(argv=None):
-    def positive(text):
-        if int(text) < 1:
-            raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-        return int(text)
     parser = argparse.ArgumentParser(
         description="One question, five contexts (Sec. 3). The defaults are the paper's; (ours) "
                     "marks the others.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -56,47 +54,38 @@ def parse_args(argv=None):
     add("--model", required=True, help="hub id or Hugging Face folder")
     add("--data", default="dapo", help="dapo, a hub id, or a .parquet/.json/.jsonl file")
     add("--enable_thinking", action=argparse.BooleanOptionalAction, default=True,
-        help="the chat template's switch (Qwen3)")
+        help="for Qwen3's chat template")
     add = parser.add_argument_group("questions").add_argument
-    add("--num_questions", type=positive, default=100, help="to study")
+    add("--num_questions", type=int, default=100, help="to study")
     add("--sft_examples", type=int, default=800, help="in each of d_ug and d_sg; 0: none (Sec. 4)")
     add("--accuracy", type=float, nargs=2, default=[0.125, 0.5], metavar=("LOW", "HIGH"),
         help="of the unguided answers to a studied question, both included")
     add = parser.add_argument_group("sampling (authors' code)").add_argument
-    add("--samples", type=positive, default=8, help="answers to a question in each context")
-    add("--temperature", type=float, default=0.6)
-    add("--top_p", type=float, default=0.95)
-    add("--top_k", type=int, default=20, help="0: all tokens")
-    add("--max_prompt_tokens", type=positive, default=2048, help="of the question; longer: left out")
-    add("--max_response_tokens", type=positive, default=32768, help="longer ones are cut")
+    add("--samples", type=int, default=8, help="answers to a question in each context")
+    add("--temperature", type=float, default=0.6, help="of sampling")
+    add("--top_p", type=float, default=0.95, help="share of the probability that is sampled from")
+    add("--top_k", type=int, default=20, help="likeliest tokens that are sampled from; 0: all")
+    add("--max_prompt_tokens", type=int, default=2048, help="longer questions are left out")
+    add("--max_response_tokens", type=int, default=32768, help="longer answers are cut")
     add = parser.add_argument_group("run").add_argument
-    add("--questions_per_round", type=positive, default=512,
+    add("--questions_per_round", type=int, default=512,
         help="asked at once, over all ranks; finished work is written after each round (ours)")
+    add("--gpu_memory_utilization", type=float, default=0.9, help="vLLM's share of the GPU (ours)")
     add("--out", default="runs/conditions", help="a new folder, or one to go on with (ours)")
     add("--seed", type=int, default=0, help="of sampling")
     return parser.parse_args(argv)
 
-def fail(message):
-    """Bad input: one line and exit code 2. Every rank gets here; the first one speaks."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-def check_args(args, config):
+def check_args(args):
+    for name, value in vars(args).items():
+        if type(value) is int and value < 1 and name not in ("seed", "sft_examples", "top_k"):
+            fail(f"--{name} {value} must be at least 1")
     low, high = args.accuracy
     if not 0 < low <= high <= 1:
         fail(f"--accuracy {low} {high}: 0 < LOW <= HIGH <= 1, since s is a correct answer")
-    if args.temperature <= 0:
-        fail(f"--temperature {args.temperature} must be above 0: {args.samples} answers to vary")
-    if not 0 < args.top_p <= 1 or args.top_k < 0:
-        fail(f"--top_p {args.top_p} must lie in (0, 1], and --top_k {args.top_k} not be negative")
-    if args.sft_examples < 0:
-        fail(f"--sft_examples {args.sft_examples} must not be negative")
-    # a context holds a question and a response, and leaves room for an answer
-    longest = args.max_prompt_tokens + args.max_response_tokens + 1024
-    if longest > config.max_position_embeddings:
-        fail(f"--max_prompt_tokens + --max_response_tokens + 1,024 is more than the "
-             f"{config.max_position_embeddings:,} positions of {args.model}")
+    if args.temperature <= 0 or not 0 < args.top_p <= 1:
+        fail(f"--temperature {args.temperature} must be above 0, --top_p {args.top_p} in (0, 1]")
+    if args.top_k < 0 or args.sft_examples < 0:
+        fail(f"--top_k {args.top_k}, --sft_examples {args.sft_examples}: not negative")
     path = Path(args.out) / "config.json"
     if path.exists():
         before = json.loads(path.read_text())
@@ -104,7 +93,7 @@ def check_args(args, config):
             if name != "out" and before.get(name) != value:
                 fail(f"--{name} {value}: {path.parent} was begun with {before.get(name)}; "
                      "name another folder, or go on as it was begun")
-    elif Path(args.out).exists() and (not Path(args.out).is_dir() or any(Path(args.out).iterdir())):
+    elif Path(args.out).exists() and (Path(args.out).is_file() or any(Path(args.out).iterdir())):
         fail(f"--out {args.out} holds something else: name another folder or remove it")
 
 # --- prompts -------------------------------------------------------------------------------------
@@ -121,47 +110,27 @@ CLOSE_UNCERTAIN = (  # App. C
     "Solve the original question from scratch with a full, detailed reasoning trace, without "
     "skipping any steps, and include as much uncertainty or ambiguity in the explanation.")
 
-def load_tokenizer(args):
-    """(tokenizer, config) of --model: what can be wrong with it shows before its weights load."""
+def load_tokenizer(model, longest):
+    """(tokenizer, config) of a model: what can be wrong with it shows before any weights load."""
     from transformers import AutoConfig, AutoTokenizer
     try:
-        config = AutoConfig.from_pretrained(args.model)
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        config = AutoConfig.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
-        fail(f"--model {args.model}: no model folder, and no model on the hub "
+        fail(f"--model {model}: no model folder, and no model on the hub "
              f"({str(error).strip().splitlines()[0]})")
     if tokenizer.chat_template is None:
-        fail(f"--model {args.model}: its tokenizer has no chat template")
+        fail(f"--model {model}: its tokenizer has no chat template")
     if len(tokenizer) > config.vocab_size:
-        fail(f"--model {args.model}: the tokenizer has {len(tokenizer):,} tokens and the model "
+        fail(f"--model {model}: the tokenizer has {len(tokenizer):,} tokens and the model "
              f"{config.vocab_size:,}: they do not belong together")
-    if tokenizer.eos_token_id is None:
-        fail(f"--model {args.model}: its tokenizer has no end token, so no answer would end")
-    if int(os.environ.get("RANK", 0)) == 0:
-        if args.enable_thinking and not any(word in str(tokenizer.chat_template)
-                                            for word in ("enable_thinking", "<think>")):
-            print(f"{args.model}: its chat template has no thinking to switch on")
-        if not ends_answers(tokenizer, args.model):
-            print(f"{args.model}: its chat template ends no answer with {tokenizer.eos_token}: most "
-                  f"will run on to --max_response_tokens")
+    if longest > config.max_position_embeddings:
+        fail(f"--max_prompt_tokens and --max_response_tokens: together {longest:,}, more than the "
+             f"{config.max_position_embeddings:,} positions of {model}")
     return tokenizer, config
 
-def ends_answers(tokenizer, model):
-    """Whether an answer in the chat template is followed by a token that vLLM stops at."""
-    from transformers import GenerationConfig
-    ends = [tokenizer.eos_token_id]
-    with contextlib.suppress(OSError):  # a folder without generation_config.json
-        more = GenerationConfig.from_pretrained(model).eos_token_id
-        ends += more if isinstance(more, list) else [more]
-    chat = [dict(role="user", content="Question"), dict(role="assistant", content="Answer")]
-    _, _, behind = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("Answer")
-    return not set(ends).isdisjoint(tokenizer.encode(behind, add_special_tokens=False))
-
 def render(tokenizer, messages, enable_thinking):
-    """Token ids of a chat up to where the model speaks (Table 12).
-
-    A template with a BOS writes it itself (DeepSeek), so that none is added here.
-    """
+    """Token ids of a chat up to where the model speaks (Table 12); the template writes any BOS."""
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
                                          enable_thinking=enable_thinking)
     return tokenizer.encode(text, add_special_tokens=False)
@@ -178,8 +147,8 @@ def with_prompts(source, tokenizer, args):
     if not kept:
         fail(f"{source}: all {len(questions)} prompts are longer than --max_prompt_tokens "
              f"{args.max_prompt_tokens}")
-    if len(kept) < len(questions) and int(os.environ.get("RANK", 0)) == 0:
-        print(f"{source}: {len(questions) - len(kept):,} of {len(questions):,} prompts left out")
+    if len(kept) < len(questions):
+        say(f"{source}: {len(questions) - len(kept):,} of {len(questions):,} prompts left out")
     return kept
 
 def demonstration_text(response, form):
@@ -193,7 +162,7 @@ def demonstration_text(response, form):
     return response
 
 def guided_messages(messages, context, solution):
-    """The chat with a solution behind the question, as Sec. 3 and App. C print it."""
+    """The chat with a solution after the question, as Sec. 3 and App. C print it."""
     *before, last = messages
     close = CLOSE_UNCERTAIN if context == "uncertain" else CLOSE
     shown = demonstration_text(solution, context)
@@ -203,7 +172,7 @@ def guided_messages(messages, context, solution):
 # --- tables --------------------------------------------------------------------------------------
 
 def mean_and_error(groups, value):
-    """Mean over all answers, and its standard error over questions, whose samples depend on them."""
+    """Mean over all answers, and its standard error over questions (one's samples are alike)."""
     means = [statistics.fmean(value(r) for r in group) for group in groups]
     error = statistics.stdev(means) / len(means) ** 0.5 if len(means) > 1 else None
     return statistics.fmean(means), error
@@ -213,14 +182,12 @@ def summarise(studied):
     rows = {}
     for context in CONTEXTS:
         groups = [q["contexts"][context] for q in studied]
-        row = dict(zip(("score", "score_error"), mean_and_error(groups, lambda r: r["correct"])))
-        row.update(zip(("length", "length_error"), mean_and_error(groups, lambda r: r["tokens"])))
-        row.update(zip(("epistemic", "epistemic_error"),
-                       mean_and_error(groups, lambda r: r["epistemic"])))
+        row = rows[context] = {}
+        for name, key in (("score", "correct"), ("length", "tokens"), ("epistemic", "epistemic")):
+            row[name], row[f"{name}_error"] = mean_and_error(groups, lambda r: r[key])
         answers = [r for group in groups for r in group]
         row["truncated"] = statistics.fmean(not r["finished"] for r in answers)
         row["markers"] = epistemic.summarize(answers)["markers"]
-        rows[context] = row
     return rows
 
 def table(rows):
@@ -261,38 +228,39 @@ def load_engine(args, device, max_model_len):
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     logging.getLogger("vllm").setLevel(logging.ERROR)  # of what it says before it reads that
-    if device.type == "cpu":
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
-        os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else one, on CPU
+    cpu = device.type == "cpu"
     from vllm import LLM
-    return LLM(args.model, dtype="float32" if device.type == "cpu" else "bfloat16", seed=args.seed,
-               enforce_eager=device.type == "cpu", max_model_len=max_model_len,
-               gpu_memory_utilization=0.9, distributed_executor_backend="external_launcher",
-               use_tqdm_on_load=False)
+    return LLM(args.model, dtype="float32" if cpu else "bfloat16", seed=args.seed,
+               enforce_eager=cpu, max_model_len=max_model_len, max_num_seqs=256,
+               gpu_memory_utilization=args.gpu_memory_utilization,
+               kv_cache_memory_bytes=2 * 2**30 if cpu else None,
+               distributed_executor_backend="external_launcher", use_tqdm_on_load=False)
 
 def ask(llm, verifier, tokenizer, chats, golds, seed, args):
-    """--samples answers to every chat, marked: a list of groups, in the order of the chats."""
+    """--samples answers to every chat, graded: a list of groups, in the order of the chats."""
+    from transformers import set_seed
     from vllm import SamplingParams
     prompts = [render(tokenizer, messages, args.enable_thinking) for messages in chats]
     room = llm.llm_engine.model_config.max_model_len
     # one global seed: a seed a request crashes vLLM on CPU, and this repeats bit for bit
-    torch.manual_seed(seed)
+    set_seed(seed)
     outputs = llm.generate(
         [dict(prompt_token_ids=ids) for ids in prompts],
         [SamplingParams(n=args.samples, temperature=args.temperature, top_p=args.top_p,
                         top_k=args.top_k, max_tokens=min(args.max_response_tokens, room - len(ids)))
          for ids in prompts], use_tqdm=False)
     flat = [o for output in outputs for o in output.outputs]
-    marks = iter(verifier.verify([o.text for o in flat],
-                                 [gold for gold in golds for _ in range(args.samples)],
-                                 after_think=True))
-    return [[dict(correct=next(marks), tokens=len(o.token_ids), finished=o.finish_reason == "stop",
-                  epistemic=epistemic.count(o.text), response=o.text) for o in output.outputs]
-            for output in outputs]
+    rewards = iter(verifier.verify([o.text for o in flat],
+                                   [gold for gold in golds for _ in range(args.samples)],
+                                   after_think=True))
+    return [[epistemic.record(o.text, next(rewards), len(o.token_ids), o.finish_reason == "stop")
+             for o in output.outputs] for output in outputs]
 
 def first_correct(group):
-    """The demonstration: the first correct response, else the first (authors' code)."""
-    return next((r for r in group if r["correct"]), group[0])["response"]
+    """The demonstration: the first correct response, else the first (authors' code); never one that
+    was cut: its think part has no end, and c = s without think would show it."""
+    return next((r for r in group if r["correct"] and r["finished"]), group[0])["response"]
 
 def ask_round(llm, verifier, tokenizer, questions, number, to_study, want_pairs, args):
     """A round's questions, with their accuracy; those in the band, with their contexts' answers.
@@ -312,14 +280,15 @@ def ask_round(llm, verifier, tokenizer, questions, number, to_study, want_pairs,
     in_band = []
     for q, group in zip(mine, answers(mine, lambda q: q["messages"], 0)):
         q["accuracy"] = statistics.fmean(r["correct"] for r in group)
-        if args.accuracy[0] <= q["accuracy"] <= args.accuracy[1]:
+        uncut = any(r["correct"] and r["finished"] for r in group)
+        if args.accuracy[0] <= q["accuracy"] <= args.accuracy[1] and uncut:  # there is an s
             q["contexts"]["unguided"] = group
             in_band.append(q)
     studied = sorted(exchange([q["index"] for q in in_band]))[:to_study]
     if not want_pairs:
         in_band = [q for q in in_band if q["index"] in studied]
     for stage, context in enumerate(list(CONTEXTS)[1:], 1):
-        # s stands behind all of them but (4), which stands on (2)
+        # s stands in all of them but (4), which stands on (2)
         source = "full" if context == "regenerated" else "unguided"
         picked = [q for q in in_band if context == "full" or q["index"] in studied]
         groups = answers(picked, lambda q: guided_messages(
@@ -335,12 +304,12 @@ def start_process_group():
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
     for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1).items():
         os.environ.setdefault(name, str(value))
-    if not torch.cuda.is_available():
-        dist.init_process_group("gloo", **alone)
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl", **alone)
+    backend, device = "gloo", torch.device("cpu")
+    if torch.cuda.is_available():
+        backend, device = "cpu:gloo,cuda:nccl", torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    # a rank may wait for another's rollouts of 20,000 tokens longer than the usual half hour
+    dist.init_process_group(backend, timeout=timedelta(hours=6), **alone)
     return device
 
 def exchange(items):
@@ -349,35 +318,43 @@ def exchange(items):
     dist.all_gather_object(lists, items)
     return [item for part in lists for item in part]
 
-def cannot_write(path, error):
-    """A full disk, a folder made read-only or deleted under the run: one line, exit code 1."""
-    sys.exit(f"error: {path}: cannot be written ({error!r:.200}); what was finished is whole: put "
-             f"that right and go on from there")
+def say(message):
+    """A line on the screen, from the first rank alone."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(message, flush=True)
+
+def fail(message):
+    """Bad input: one line and exit code 2. From the first rank at once, and torchrun ends the
+    others; where only another rank fails, it is heard two seconds later."""
+    if int(os.environ.get("RANK", 0)):
+        time.sleep(2)
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 def write_lines(path, rows):
     """JSON Lines, written aside and renamed, so that a reader never finds half a file."""
+    path.parent.mkdir(exist_ok=True)  # of a run whose folder is gone, nothing is begun anew
     aside = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        aside.rename(path)
-    except OSError as error:
-        cannot_write(path, error)
+    aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    aside.rename(path)
 
 def main():
     args = parse_args()
-    tokenizer, config = load_tokenizer(args)
-    check_args(args, config)
+    check_args(args)
+    # a context holds a question and a response, and leaves room for an answer
+    tokenizer, config = load_tokenizer(
+        args.model, args.max_prompt_tokens + args.max_response_tokens + 1024)
     questions = with_prompts(args.data, tokenizer, args)
     questions = [dict(q, index=i) for i, q in enumerate(questions)]
     device = start_process_group()
     rank, out = dist.get_rank(), Path(args.out)
     if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
         write_lines(out / "config.json", [vars(args)])
 
     done, llm = [], None
     with Verifier() as verifier:
-        for number in range(0, -(-len(questions) // args.questions_per_round)):
+        for number, first in enumerate(range(0, len(questions), args.questions_per_round)):
             studied = [q for q in done if len(q["contexts"]) == len(CONTEXTS)]
             pairs = len(sft_pairs(done, args.sft_examples)[0])
             if len(studied) == args.num_questions and pairs == args.sft_examples:
@@ -389,40 +366,39 @@ def main():
             if llm is None:
                 positions = args.max_prompt_tokens + 2 * args.max_response_tokens + 1024
                 llm = load_engine(args, device, min(positions, config.max_position_embeddings))
-            first = number * args.questions_per_round
-            batch = ask_round(llm, verifier, tokenizer,
-                              questions[first : first + args.questions_per_round], number,
+            asked = questions[first : first + args.questions_per_round]
+            batch = ask_round(llm, verifier, tokenizer, asked, number,
                               args.num_questions - len(studied), pairs < args.sft_examples, args)
             done += batch
             if rank == 0:
                 write_lines(path, batch)
-                in_band = sum(args.accuracy[0] <= q["accuracy"] <= args.accuracy[1] for q in batch)
-                print(f"round {number}: {in_band} of {len(batch)} questions in the band; "
-                      f"{time.time() - start:.0f} s", flush=True)
+            in_band = sum("unguided" in q["contexts"] for q in batch)
+            say(f"round {number}: {in_band} of {len(batch)} in the band; {time.time() - start:.0f} s")
     studied = [q for q in done if len(q["contexts"]) == len(CONTEXTS)]
     d_ug, d_sg = sft_pairs(done, args.sft_examples)
+    rows = summarise(studied) if studied else {}
     if rank == 0:
-        if len(studied) < args.num_questions or len(d_ug) < args.sft_examples:
-            print(f"{args.data} ran out after {len(done):,} questions: {len(studied)} of "
-                  f"{args.num_questions} studied, {len(d_ug)} of {args.sft_examples} SFT pairs")
         for context in CONTEXTS:
             write_lines(out / f"{context}.jsonl", [
                 dict(r, benchmark=context, index=q["index"], answer=q["answer"])
                 for q in studied for r in q["contexts"][context]])
         write_lines(out / "d_ug.jsonl", d_ug)
         write_lines(out / "d_sg.jsonl", d_sg)
-        rows = summarise(studied) if studied else {}
         write_lines(out / "summary.json", [dict(
             vars(args), questions=len(studied), asked=len(done), pairs=len(d_ug), contexts=rows)])
-        print(f"\n{len(studied)} questions of {len(done):,}, {args.samples} answers in each context"
-              f"; mean ± standard error over questions\n\n{table(rows)}" if rows else
-              "no question in the band: nothing to study")
-        if d_ug:
-            print(f"\n{out}/d_ug.jsonl, d_sg.jsonl: {len(d_ug)} correct answers each")
+    if len(studied) < args.num_questions or len(d_ug) < args.sft_examples:
+        say(f"{args.data} ran out after {len(done):,} questions: {len(studied)} of "
+            f"{args.num_questions} studied, {len(d_ug)} of {args.sft_examples} SFT pairs")
+    say(f"\n{len(studied)} questions of {len(done):,}, {args.samples} answers in each context; mean "
+        f"± standard error over questions\n\n{table(rows)}\n\n{out}/d_ug.jsonl, d_sg.jsonl: "
+        f"{len(d_ug)} correct answers each")
     if llm is not None:
         llm.llm_engine.engine_core.shutdown()  # left open, it prints tracebacks at exit
     if dist.is_initialized():
         dist.destroy_process_group()
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:  # a full disk, a folder that is gone
+        sys.exit(f"error: {error}; what was finished is whole: the same command goes on")
