@@ -182,7 +182,7 @@ def load_tokenizer(model, longest):
 
 # --- run -----------------------------------------------------------------------------------------
 
-def make_engine(args, device, max_model_len):
+def empty_engine(args, device, max_model_len):
     """vLLM in this very process, one engine a rank, without weights: load_weights brings them.
 
     On CPU it packs them, and a second model's would miss a head that is tied to the embeddings:
@@ -288,7 +288,7 @@ def main():
         out.mkdir(parents=True, exist_ok=True)
         write_lines(out / "config.json", [vars(args)])
     longest = args.max_prompt_tokens + args.max_response_tokens
-    llm = make_engine(args, device, min(longest, config.max_position_embeddings))
+    llm = empty_engine(args, device, min(longest, config.max_position_embeddings))
     from vllm import SamplingParams
     params = SamplingParams(n=args.samples, temperature=args.temperature, top_p=args.top_p,
                             top_k=args.top_k, max_tokens=args.max_response_tokens)

@@ -373,7 +373,7 @@ def main():
             if rank == 0:
                 write_lines(path, batch)
             in_band = sum("unguided" in q["contexts"] for q in batch)
-            say(f"round {number}: {in_band} of {len(batch)} in the band; {time.time() - start:.0f} s")
+            say(f"round {number}: {in_band} of {len(batch)} in band, {time.time() - start:.0f} s")
     studied = [q for q in done if len(q["contexts"]) == len(CONTEXTS)]
     d_ug, d_sg = sft_pairs(done, args.sft_examples)
     rows = summarise(studied) if studied else {}

@@ -366,7 +366,7 @@ def main():
     begin_run(args)
     llm = make_engine(args, device)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
+        signal.signal(number, remember_signal)
     with Verifier() as verifier:
         sync_weights(llm, load_model(args.model, device))
         rows = dict(base=evaluate(llm, verifier, benchmarks, 0, args))
@@ -738,7 +738,7 @@ def exchange(items):
 
 stop = dict(asked=False)  # whether SIGTERM or Ctrl-C has come
 
-def on_signal(*_):
+def remember_signal(*_):
     """The update or evaluation that runs comes to its end."""
     stop["asked"] = True
 
