@@ -79,9 +79,10 @@ def parse_args(argv=None):
     add("--max_prompt_tokens", type=int, default=2048, help="longer prompts are left out")
     add("--max_response_tokens", type=int, default=20480, help="longer answers are cut")
     add = parser.add_argument_group("loss (Table 10)").add_argument
-    add("--alpha", type=float, default=0.5, help="0.5: Jensen-Shannon; 0, 1: KL, see divergence")
+    add("--alpha", type=float, default=0.5, help="0.5: Jensen-Shannon; 1: Eq. 1; 0: its reverse")
     add("--top_k", type=int, default=100, help="the student's likeliest tokens; App. G: 256")
-    add("--demonstration", choices=["full", "without_think"], default="full", help="c of s")
+    add("--demonstration", choices=["full", "without_think"], default="full",
+        help="c is the sibling's whole answer s, or s without its think part")
     add("--ema", type=float, default=0.0, help="rate of a teacher that follows; Sec. 5.4: 0.05")
     add = parser.add_argument_group("optimisation (Tables 8 and 10)").add_argument
     add("--steps", type=int, default=100, help="rounds of rollout and update (authors' code)")
@@ -90,7 +91,7 @@ def parse_args(argv=None):
     add("--warmup_steps", type=int, default=10, help="steps in which the rate rises in a line")
     add = parser.add_argument_group("memory (ours)").add_argument
     add("--tokens_per_micro_batch", type=int, default=24576, help="padded; a longer one goes alone")
-    add("--recompute_layers", action=switch, default=True, help="else activations stay: faster")
+    add("--recompute_layers", action=switch, default=True, help="without: faster, more memory")
     add("--offload_optimizer", action=switch, default=True, help="AdamW's state in CPU memory")
     add("--gpu_memory_utilization", type=float, default=0.7, help="vLLM's share, while it samples")
     add = parser.add_argument_group("run").add_argument

@@ -75,7 +75,7 @@ def parse_args(argv=None):
     add("--warmup_ratio", type=float, default=0.1, help="share of the updates; then cosine to 0")
     add = parser.add_argument_group("memory").add_argument
     add("--tokens_per_micro_batch", type=int, default=24576, help="padded; a longer one goes alone")
-    add("--recompute_layers", action=switch, default=True, help="else activations stay: faster")
+    add("--recompute_layers", action=switch, default=True, help="without: faster, more memory")
     add("--offload_optimizer", action=switch, default=True, help="AdamW's state in CPU memory")
     add("--gpu_memory_utilization", type=float, default=0.7, help="vLLM's share, while it samples")
     add = parser.add_argument_group("run").add_argument

@@ -1,11 +1,13 @@
-"""Kills a run with SIGKILL again and again, resumes it each time, and compares the end with that of a
-run that nobody touched: the same metrics (all but times and memory) and the same weights, byte for byte.
+"""Kills a run with SIGKILL again and again, resumes it each time, and compares the end with that of
+a run that nobody touched: the same metrics (all but times and memory) and the same weights, byte
+for byte.
 
     python tests/kill.py                      # sdpo.py, 20 kills, 1 rank and 2 ranks
     python tests/kill.py --script grpo.py --kills 6 --ranks 2
 
-A kill's moment is drawn: a phase of the step (sampling, verification, update, weight sync, saving) and a
-time from its beginning. What is printed is the phase that the trainer itself had noted when it died.
+A kill's moment is drawn: a phase of the step (sampling, grading, update, weight sync, saving) and a
+time from its beginning. What is printed is the phase that the trainer itself had noted when it
+died.
 """
 import argparse
 import collections
@@ -25,17 +27,19 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PHASES = {  # the function that is the phase, and its length on the toy, seconds (0: too short to hit)
     "sampling": ("generate", 0.6),
-    "verification": ("mark", 0),
+    "grading": ("grade", 0),
     "update": ("update", 0.3),
     "weight sync": ("sync_weights", 0.01),
-    "saving": ("save_checkpoint", 0.05),
+    "saving": ("save_checkpoint", 0.1),
 }
 
 
 def trainer():
-    """The script's main(), in a process of its own, the running phase noted in a file. Where the
-    argument `plan` names a phase, a number and seconds, SIGKILL comes so long after the phase has
-    begun for so many times."""
+    """The script's main(), in a process of its own, the running phase noted in a file.
+
+    Where the argument `plan` names a phase, a number and seconds, SIGKILL comes so long after the
+    phase has begun for so many times.
+    """
     script, note, plan, *argv = sys.argv[2:]
     sys.path.insert(0, str(ROOT))
     module = __import__(Path(script).stem)
@@ -62,10 +66,9 @@ def trainer():
         return call
     for phase, (name, _) in PHASES.items() if speaks else ():
         setattr(module, name, noted(phase, getattr(module, name)))
-    if os.environ.get("MASTERS"):  # what a GPU has, on CPU
+    if os.environ.get("MASTERS"):  # the weights of a GPU, on CPU, and a round a micro-batch
         module.DTYPE, module.ROUND = dict(cpu=module.torch.bfloat16), 1
-        module.torch.optim.AdamW = lambda p, **how: module.MasterAdamW(p, "cpu", **how)
-        module.check_engine = lambda *_: None  # its limit here is float32's
+        module.check_engine = lambda *_: None  # its limit on CPU is float32's
     sys.argv = [script, *argv]
     module.main()
 
@@ -73,8 +76,8 @@ def trainer():
 def start(script, ranks, note, argv, masters, plan=",0,0"):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone",
               "--nproc_per_node", str(ranks)] if ranks > 1 else [sys.executable]
-    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore", TORCH_CPP_LOG_LEVEL="ERROR",
-               MASTERS="yes" if masters else "")
+    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore",
+               TORCH_CPP_LOG_LEVEL="ERROR", MASTERS="yes" if masters else "")
     log = open(note.with_suffix(".log"), "a")
     return subprocess.Popen([*launch, __file__, "trainer", script, str(note), plan, *map(str, argv)],
                             cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
@@ -107,6 +110,11 @@ def kill(members):
             os.kill(member, signal.SIGKILL)
         except ProcessLookupError:
             pass
+
+
+def results(folder, script):
+    """Where the script has put the results of a run of `arguments`."""
+    return folder / ("run/d" if script == "sft_distill.py" else "run")
 
 
 def outcome(run_dir, steps):
@@ -144,8 +152,8 @@ def arguments(script, steps, folder):
     """Its flags for a run of so many short steps, each of them saved."""
     few = folder / "few.jsonl"
     few.write_text("".join((ROOT / "toy/data/in.jsonl").read_text().splitlines(True)[:4]))
-    argv = ["--model", "toy/model", "--eval_data", few, "--lr", "1e-4", "--max_response_tokens", 300,
-            "--save_every", 1, "--eval_every", 4, "--tokens_per_micro_batch", 800]
+    argv = ["--model", "toy/model", "--eval_data", few, "--lr", "1e-4", "--max_response_tokens",
+            300, "--save_every", 1, "--eval_every", 4, "--tokens_per_micro_batch", 800]
     if script == "sft_distill.py":
         lines = (ROOT / "toy/data/train.jsonl").read_text().splitlines()[: 4 * steps]
         (folder / "d.jsonl").write_text("".join(json.dumps(dict(
@@ -158,10 +166,9 @@ def arguments(script, steps, folder):
             *(["--ema", 0.05] if script == "sdpo.py" else [])]
 
 
-def compare(script, ranks, kills, steps, masters=False, seed=0):
-    """(phases hit, whether metrics agree, whether weights agree)."""
-    folder = Path(tempfile.mkdtemp())
-    argv, results = arguments(script, steps, folder), "run/d" if script == "sft_distill.py" else "run"
+def compare(folder, script, ranks, kills, steps, masters=False, seed=0):
+    """(phases hit, whether metrics agree, whether weights agree) of folder/whole, folder/killed."""
+    argv = arguments(script, steps, folder)
     (folder / "whole").mkdir()
     (folder / "killed").mkdir()
     whole = start(script, ranks, folder / "whole/phase", [*argv, "--run_dir", folder / "whole/run"],
@@ -171,9 +178,8 @@ def compare(script, ranks, kills, steps, masters=False, seed=0):
     argv += ["--run_dir", folder / "killed/run"]
     hit = killed_run(folder / "killed", script, ranks, kills, steps, argv, masters,
                      random.Random(seed))
-    (m, w), (n, v) = (outcome(folder / name / results, steps) for name in ("whole", "killed"))
-    if m == n and w == v:  # else somebody will want to look
-        shutil.rmtree(folder)
+    (m, w), (n, v) = (outcome(results(folder / name, script), steps)
+                      for name in ("whole", "killed"))
     return hit, m == n, w == v
 
 
@@ -190,14 +196,18 @@ def main():
     args = parser.parse_args()
     same = True
     for ranks in args.ranks:
-        began = time.time()
-        hit, metrics, weights = compare(args.script, ranks, args.kills, args.steps,
+        began, folder = time.time(), Path(tempfile.mkdtemp())
+        hit, metrics, weights = compare(folder, args.script, ranks, args.kills, args.steps,
                                         args.masters)
         same &= metrics and weights
         print(f"{args.script}, {ranks} rank(s), {args.steps} steps, {sum(hit.values())} kills in "
               f"{time.time() - began:.0f} s: " + ", ".join(f"{n} {p}" for p, n in hit.most_common()))
         print(f"  metrics {'the same' if metrics else 'DIFFER'}, "
               f"weights {'the same' if weights else 'DIFFER'}", flush=True)
+        if metrics and weights:
+            shutil.rmtree(folder)
+        else:
+            print(f"  both runs: {folder}", flush=True)
     sys.exit(not same)
 
 
