@@ -13,14 +13,14 @@ RUN := $(QUIET) OMP_NUM_THREADS=1 $(BIN)/python
 # What demo and study run, in the folder $(OUT): the scripts at the toy's size.
 OUT := runs/demo
 SEED := 0
-# the study's 30 steps in 20, at 1.5 times its rates
-STEPS := 20
+# about half of the study's 30 steps, at 1.5 times its rates
+STEPS := 16
 WARMUP := 3
 GRPO_LR := 1.5e-4
 SDPO_LR := 3e-4
 STUDIED := --num_questions 60 --sft_examples 120 --questions_per_round 200
 TOY := --model toy/model --max_response_tokens 480 --seed $(SEED)
-EVAL := --eval_data toy/data/in.jsonl toy/data/ood.jsonl --eval_every 10
+EVAL := --eval_data toy/data/in.jsonl toy/data/ood.jsonl --eval_every 8
 TRAIN := $(TOY) $(EVAL) --data toy/data/train.jsonl --questions_per_step 16 \
     --minibatch_questions 16 --steps $(STEPS) --warmup_steps $(WARMUP) --save_every $(STEPS) \
     --tokens_per_micro_batch 8192 --no-recompute_layers
