@@ -1,5 +1,27 @@
+"""Fixtures of several test files. Those of finished runs hold one run each, for all tests of it."""
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "vllm: starts vLLM; `pytest -m 'not vllm'` leaves it out")
+
+
+@pytest.fixture
+def alone():
+    """A process group of one."""
+    import torch.distributed as dist
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from transformers import AutoTokenizer
+    return AutoTokenizer.from_pretrained(ROOT / "toy/model")

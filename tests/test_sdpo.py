@@ -1,22 +1,23 @@
-"""sdpo.py: the loss, the prompts, the batches, against brute force. No vLLM, no model but random."""
+"""sdpo.py: the loss, the prompts, the batches, against brute force. No vLLM, only the toy."""
 import itertools
 import json
 import math
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
 from argparse import Namespace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import sdpo
+from common import (
+    CPU, ROOT, assert_same_gradient, learner, on_ranks, refusal_of_main, toy)
 
-ROOT = Path(__file__).resolve().parent.parent
 TOKENIZERS = ROOT.parent / "shared/data/tokenizers"
 torch.manual_seed(0)
 
@@ -129,24 +130,33 @@ def test_importance_weight_is_cut_and_detached():
     assert weight.tolist() == pytest.approx([1, math.exp(0.5), 2, 2, math.exp(-20)])
 
 
-def rollout(prompt, response, teacher=None, row=0, reward=0.0):
-    return sdpo.Rollout(row, prompt, response, np.full(len(response), -1.0, np.float32), "", True,
-                        reward, teacher)
+def rollout(prompt, response, teacher=None, row=0, reward=0.0, finished=True):
+    return sdpo.Rollout(row, prompt, response, np.full(len(response), -1.0, np.float32), "",
+                        finished, reward, teacher)
 
 
 def test_loss_weights_count_sequences_without_demonstration():
     batch = [rollout([1], [1, 2], [3]), rollout([1], [1] * 5, [3]), rollout([1], [1] * 7)]
-    weights = sdpo.loss_weights(batch, "sequence")
-    assert [weights.get(id(r)) for r in batch] == [1 / 6, 1 / 15, None]
-    assert list(sdpo.loss_weights(batch, "token").values()) == [1 / 7, 1 / 7]
+    sdpo.set_loss_weights(batch)
+    assert [r.weight for r in batch] == [1 / 6, 1 / 15, 0]
 
 
-def test_a_demonstration_is_a_correct_sibling_at_random():
+def test_a_demonstration_is_a_correct_finished_sibling_at_random():
     rng = random.Random(0)
-    assert sdpo.choose_demonstration([0, 1, 0], 1, rng) is None  # its group's only success
-    assert sdpo.choose_demonstration([0, 0], 0, rng) is None
-    drawn = {sdpo.choose_demonstration([1, 1, 0, 1], 0, rng) for _ in range(100)}
-    assert drawn == {1, 3}
+
+    def choose(rewards, i, cut=()):
+        """What 100 draws for rollout i give; {None} where it has no demonstration."""
+        group = [rollout([1], [1], row=j, reward=float(reward), finished=j not in cut)
+                 for j, reward in enumerate(rewards)]
+        drawn = [sdpo.choose_demonstration(group, i, rng) for _ in range(100)]
+        return {demonstration and demonstration.row for demonstration in drawn}
+    assert choose([0, 1, 0], 1) == {None}  # its group's only success
+    assert choose([0, 0], 0) == {None}
+    assert choose([1, 1, 0, 1], 0) == {1, 3}
+    # a cut answer earns 1 where a box stands early in its think part: it must not be shown
+    assert choose([1, 1, 0, 1], 0, cut=[1]) == {3}
+    assert choose([0, 1, 1], 0, cut=[1, 2]) == {None}
+    assert choose([1, 1], 0, cut=[0]) == {1}  # the one that learns may be cut
 
 
 @pytest.mark.parametrize("response, shown", [
@@ -161,13 +171,9 @@ def test_without_think(response, shown):
     assert sdpo.demonstration_text(response, "full") == response
 
 
-def test_hands_are_even_and_micro_batches_keep_the_budget():
+def test_micro_batches_keep_the_budget():
     rng = random.Random(0)
     batch = [rollout([1] * 10, [1] * rng.randint(1, 400), [1] * 30) for _ in range(203)]
-    hands = sdpo.deal(batch, 4)
-    loads = [sum(r.tokens() for r in hand) for hand in hands]
-    assert max(loads) <= 1.1 * min(loads)
-    assert sorted(map(id, itertools.chain(*hands))) == sorted(map(id, batch))
     micros = sdpo.micro_batches(batch, 2000)
     assert sorted(map(id, itertools.chain(*micros))) == sorted(map(id, batch))
     assert all(len(m) * max(r.tokens() for r in m) <= 2000 for m in micros)
@@ -175,73 +181,142 @@ def test_hands_are_even_and_micro_batches_keep_the_budget():
 
 
 def test_padding_changes_nothing():
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(ROOT / "toy/model", dtype=torch.float32)
+    model = toy()
     prompts, responses = [[5, 6, 7], [8, 9], [10] * 9], [[11, 12], [13] * 6, [14]]
     together = sdpo.response_hidden(model, prompts, responses, "cpu")
     alone = [sdpo.response_hidden(model, [p], [y], "cpu") for p, y in zip(prompts, responses)]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
 
 
-TWO_RANKS = """
-import sys, random, json, numpy as np, torch
-from argparse import Namespace
-from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM
-import sdpo
-torch.manual_seed(0)
-device = sdpo.start_process_group()
-rank, world_size = sdpo.dist.get_rank(), sdpo.dist.get_world_size()
-results = []
-for loss_mean, budget, size in json.loads(sys.argv[2]):
-    args = Namespace(temperature=1.0, top_k=20, alpha=0.5, loss_mean=loss_mean,
-                     tokens_per_micro_batch=budget)
-    model, teacher = (AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
-                      for _ in range(2))
+# ------------------------------------------------------------------------------------- the update
+
+
+ARGS = Namespace(temperature=1.0, top_k=20, alpha=0.5, tokens_per_micro_batch=200,
+                 questions_per_step=23, minibatch_questions=23)
+
+
+def make_batch(size):
+    """Rollouts of which two thirds have a teacher: the same in every process."""
     rng = random.Random(1)
-    draw = lambda n: [rng.randrange(5, 400) for _ in range(n)]
-    batch = [sdpo.Rollout(i, draw(4), y := draw(rng.randint(1, 60)),
-                          np.array([-3.0 + rng.random() for _ in y], np.float32), "", True, 0.0,
-                          draw(30) if i % 3 else None) for i in range(size)]
-    ddp = DistributedDataParallel(sdpo.Student(model, args, device))
-    hand = sdpo.deal([r for r in batch if r.teacher_prompt_ids], world_size)[rank]
-    stats = sdpo.backward(ddp, teacher, None, batch, hand, None)
-    results.append(dict(grads={n: p.grad for n, p in model.named_parameters()},
-                        loss=sum(s["loss"] for s in stats),
-                        counts=sdpo.exchange([len(sdpo.micro_batches(hand, budget))])))
-if rank == 0:
-    torch.save(results, sys.argv[3])
-del ddp  # freed after the group is gone, it can hang (gloo, torch 2.13)
-sdpo.dist.destroy_process_group()
-"""
-CASES = [("sequence", 200, 23), ("token", 200, 23),
-         ("sequence", 200, 2)]  # one distilled rollout: the second rank's hand is empty
+
+    def draw(n):
+        return [rng.randrange(5, 400) for _ in range(n)]
+    batch = []
+    for i in range(size):
+        r = rollout(draw(4), draw(rng.randint(1, 60)), draw(30) if i % 3 else None, row=i)
+        r.logprobs = np.array([-3.0 + rng.random() for _ in r.response_ids], np.float32)
+        batch.append(r)
+    return batch
 
 
-@pytest.fixture(scope="module")
-def gradients(tmp_path_factory):
-    """The results of CASES on one rank and on two."""
-    folder = tmp_path_factory.mktemp("ranks")
-    (folder / "job.py").write_text(TWO_RANKS)
-    for ranks in (1, 2):
-        result = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
-             str(ranks), folder / "job.py", ROOT / "toy/model", json.dumps(CASES),
-             folder / f"{ranks}.pt"],
-            env=dict(os.environ, PYTHONPATH=str(ROOT)), capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr[-2000:]
-    return [torch.load(folder / f"{ranks}.pt") for ranks in (1, 2)]
+def measure(size, folded=sdpo.ROUND, recompute=False):
+    """This rank's share of the gradient of a mini-batch, and what else an update makes of it."""
+    sdpo.ROUND = folded
+    ddp, optimizer = learner(sdpo, ARGS)
+    if recompute:  # as main() does
+        ddp.module.model.train().gradient_checkpointing_enable(dict(use_reentrant=False))
+    batch = make_batch(size)
+    sdpo.set_loss_weights(batch)
+    micros = sdpo.my_micro_batches([r for r in batch if r.weight], ARGS.tokens_per_micro_batch)
+    optimizer.zero_grad()
+    stats = sdpo.backward(ddp, toy(), optimizer, micros)
+    gradient = {name: total.clone() for name, total in zip(optimizer.names, optimizer.sums)}
+    return dict(
+        gradient=gradient, loss=sum(s["loss"] for s in stats), micros=len(micros),
+        computed=[r.response_ids for m in micros for r in m if r.weight],
+        fillers=sum(not r.weight for m in micros for r in m), norm=optimizer.step(1e-3, 1.0),
+        weights=[w.detach().clone() for w in optimizer.weights])
 
 
-@pytest.mark.parametrize("case", range(len(CASES)))
-def test_two_ranks_give_the_gradient_of_one(gradients, case):
-    one, two = (results[case] for results in gradients)
-    assert two["counts"][0] != two["counts"][1]  # unequal numbers of micro-batches, as intended
-    assert one["loss"] == pytest.approx(two["loss"], rel=1e-5) and one["loss"] > 0
-    scale = max(g.abs().max() for g in one["grads"].values())
-    for name, g in one["grads"].items():
-        assert (g - two["grads"][name]).abs().max() <= 1e-5 * scale, name
+def whole(results):
+    return {name: g for result in results for name, g in result["gradient"].items()}
+
+
+@pytest.mark.parametrize("size", [23, 2])  # of the two one has a teacher: rank 1 has a filler
+@pytest.mark.parametrize("folded", [sdpo.ROUND, 2])  # one round of micro-batches, or several
+def test_two_ranks_give_the_gradient_of_one(tmp_path, alone, monkeypatch, size, folded):
+    monkeypatch.setattr(sdpo, "ROUND", sdpo.ROUND)
+    one, two = measure(size), on_ranks(2, tmp_path, measure, size, folded)
+    assert two[0]["micros"] == two[1]["micros"] == (one["micros"] + 1) // 2
+    assert sum(r["fillers"] for r in two) == one["micros"] % 2 and one["fillers"] == 0
+    assert size < 23 or two[0]["micros"] > 2  # folded several times
+    assert sorted(one["computed"]) == sorted(two[0]["computed"] + two[1]["computed"])
+    assert_same_gradient(whole(two), whole([one]))
+    assert one["loss"] == pytest.approx(two[0]["loss"], rel=1e-5) and one["loss"] > 0
+    norm = torch.stack([g.norm() for g in one["gradient"].values()]).norm().item()
+    assert [r["norm"] for r in (one, *two)] == pytest.approx([norm] * 3, rel=1e-4)
+    assert all(map(torch.equal, two[0]["weights"], two[1]["weights"]))
+
+
+def test_recomputing_layers_changes_no_bit(alone):
+    kept, recomputed = measure(23), measure(23, recompute=True)
+    assert kept["loss"] == recomputed["loss"]
+    assert all(map(torch.equal, kept["weights"], recomputed["weights"]))
+    for name, g in kept["gradient"].items():
+        assert torch.equal(g, recomputed["gradient"][name]), name
+
+
+def test_update_trains_the_student_towards_the_teacher(alone):
+    """The loss on the very same rollouts falls; without a teacher nothing is computed at all."""
+    ddp, optimizer = learner(sdpo, ARGS)
+    batch, teacher, metrics = make_batch(23), toy(), []
+    for _ in range(2):
+        sdpo.remember_logprobs(ddp.module, sdpo.micro_batches(batch, 200))
+        for r in batch:  # the engine is fresh
+            r.logprobs, r.old_logprobs = r.old_logprobs.numpy(), None
+        metrics.append(sdpo.update(ddp, teacher, optimizer, batch, 1e-3))
+    first, second = metrics
+    assert 0 < second["loss"] < 0.9 * first["loss"]
+    assert first["updates"] == 1 and first["skipped"] == 0 and first["grad_norm"] > 0
+    assert first["mismatch"] < 1e-5 and first["mismatch_max"] < 1e-3
+    assert first["trained_tokens"] == sum(
+        len(r.response_ids) for r in batch if r.teacher_prompt_ids)
+    for r in batch:
+        r.teacher_prompt_ids = None
+    before = [p.detach().clone() for p in ddp.parameters()]
+    nothing = sdpo.update(ddp, teacher, optimizer, batch, 1e-3)
+    assert nothing["updates"] == nothing["loss"] == nothing["trained_tokens"] == 0
+    assert all(map(torch.equal, before, ddp.parameters()))
+
+
+def test_the_teacher_comes_back_and_follows():
+    model, teacher = toy(), toy()
+    initial = [p.clone() for p in model.parameters()]
+    args = Namespace(model=str(ROOT / "toy/model"))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+
+    def emptied():  # as main() does while vLLM samples
+        for t in teacher.parameters():
+            t.data = t.data.new_empty(0)
+        return teacher
+    sdpo.load_teacher(emptied(), [], args, CPU)  # without --ema: the initial weights, for ever
+    assert all(map(torch.equal, teacher.parameters(), initial))
+    averaged = [t.detach().clone() for t in teacher.parameters()]
+    for _ in range(2):
+        sdpo.follow(averaged, model, 0.25)
+    sdpo.load_teacher(emptied(), averaged, args, CPU)
+    for t, start in zip(teacher.parameters(), initial, strict=True):
+        torch.testing.assert_close(t.data, start + 1 - 0.75**2, atol=1e-6, rtol=1e-6)
+
+
+def test_the_first_signal_breaks_off_the_sampling_and_nothing_else():
+    before = signal.signal(signal.SIGTERM, sdpo.on_signal)
+    try:
+        def sample(n):
+            signal.raise_signal(signal.SIGTERM)
+            return [n]
+        assert sdpo.until_stopped(lambda n: [n], 1) == [1] and not sdpo.stop["asked"]
+        signal.raise_signal(signal.SIGTERM)  # in an update, say: it comes to its end
+        assert sdpo.stop["asked"] and sdpo.until_stopped(sample, 1) == []  # not even begun
+        sdpo.stop["asked"] = False
+        assert sdpo.until_stopped(sample, 1) == [] and sdpo.stop["asked"]
+        signal.raise_signal(signal.SIGTERM)
+        assert sdpo.stop == dict(asked=True, sampling=False)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        sdpo.stop["asked"] = False
 
 
 def test_stale_engine_is_noticed():
@@ -284,10 +359,7 @@ def test_prompts_of_the_papers_models(name):
                 assert ids.count(tokenizer.bos_token_id) == before.count(tokenizer.bos_token)
 
 
-def test_prompts_of_the_toy():
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "toy/model")
+def test_prompts_of_the_toy(tokenizer):
     chat = [dict(role="system", content="Be brief."), dict(role="user", content=QUESTION)]
     text = tokenizer.decode(sdpo.render(tokenizer, sdpo.teacher_messages(chat, "S"), False))
     assert text == ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n" + REPROMPT
@@ -299,14 +371,12 @@ def test_prompts_of_the_toy():
 # ---------------------------------------------------------------------------------------- command
 
 
-def test_help_is_quick_and_needs_no_vllm():
+def test_help_is_quick():
     start = time.time()
-    code = "import sys, sdpo; assert 'vllm' not in sys.modules and 'transformers' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
     assert "--questions_per_step" in subprocess.run(
         [sys.executable, "sdpo.py", "--help"], cwd=ROOT, check=True, capture_output=True,
         text=True).stdout
-    assert time.time() - start < 10  # two starts of at most 5 s each
+    assert time.time() - start < 10  # 3 s idle: it loads neither vLLM nor transformers
 
 
 def test_defaults_are_the_papers():
@@ -321,25 +391,9 @@ def test_defaults_are_the_papers():
 GOOD = dict(prompt=[dict(role="user", content="1+1?")], reward_model=dict(ground_truth="2"))
 
 
-@pytest.mark.parametrize("flags, said", [
-    (["--data", "no/such.jsonl"], "no/such.jsonl"),
-    (["--data", "bad.parquet"], "bad.parquet"),
-    (["--data", "broken.jsonl"], "broken.jsonl, line 2"),
-    (["--data", "no_answer.jsonl"], "no_answer.jsonl, row 2: no answer"),
-    (["--data", "no_question.jsonl"], "no_question.jsonl, row 1: no question"),
-    (["--data", "good.jsonl", "--max_prompt_tokens", "3"], "--max_prompt_tokens 3"),
-    (["--model", "no/such/folder"], "--model no/such/folder"),
-    (["--model", "empty"], "--model empty"),
-    (["--minibatch_questions", "100"], "--minibatch_questions 100 does not divide"),
-    (["--top_k", "0"], "--top_k"),
-    (["--alpha", "2"], "--alpha"),
-    (["--temperature", "0"], "--temperature"),
-    (["--run_dir", "full"], "--run_dir full already holds results"),
-    (["--eval_data", "no/such.json"], "no/such.json"),
-    (["--max_response_tokens", "9999"], "positions"),
-    (["--nonsense"], "--nonsense"),
-])
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, flags, said):
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder with good and bad input, the current one."""
     rows = [json.dumps(row) for row in (GOOD, dict(GOOD, reward_model=None), dict(answer="2"))]
     (tmp_path / "good.jsonl").write_text(rows[0])
     (tmp_path / "broken.jsonl").write_text(rows[0] + "\n{not json\n")
@@ -349,13 +403,48 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, flags, said):
     (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()
     (tmp_path / "full/metrics.jsonl").write_text("precious")
-    defaults = {"--model": str(ROOT / "toy/model"), "--data": "good.jsonl", "--eval_data": "good.jsonl",
-                "--max_response_tokens": "64"}
-    for name, value in defaults.items():
-        flags = flags if name in flags else [*flags, name, value]
-    result = subprocess.run([sys.executable, ROOT / "sdpo.py", *flags], cwd=tmp_path,
-                            env=dict(os.environ, HF_HUB_OFFLINE="1"), capture_output=True, text=True)
-    assert result.returncode == 2, result.stderr
-    assert said in result.stderr and len(result.stderr.strip().splitlines()) == 1, result.stderr
-    assert (tmp_path / "full/metrics.jsonl").read_text() == "precious"
-    assert not (tmp_path / "runs").exists()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return tmp_path
+
+
+FLAGS = ["--model", ROOT / "toy/model", "--data", "good.jsonl", "--eval_data", "good.jsonl",
+         "--max_response_tokens", "64"]  # of a flag given twice the last counts
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--data", "no/such.jsonl"], "no/such.jsonl"),
+    (["--data", "bad.parquet"], "bad.parquet"),
+    (["--data", "broken.jsonl"], "broken.jsonl, line 2"),
+    (["--data", "no_answer.jsonl"], "no_answer.jsonl, row 2: no answer"),
+    (["--data", "no_question.jsonl"], "no_question.jsonl, row 1: no question"),
+    (["--max_prompt_tokens", "3"], "--max_prompt_tokens 3"),
+    (["--model", "no/such/folder"], "--model no/such/folder"),
+    (["--model", "empty"], "--model empty"),
+    (["--minibatch_questions", "100"], "--minibatch_questions, 100, must divide"),
+    (["--top_k", "0"], "--top_k 0 must be at least 1"),
+    (["--alpha", "2"], "--alpha 2.0 must lie between 0 and 1"),
+    (["--ema", "-1"], "--ema -1.0 must lie between 0 and 1"),
+    (["--gpu_memory_utilization", "1.1"], "--gpu_memory_utilization 1.1"),
+    (["--temperature", "0"], "--temperature"),
+    (["--eval_data", "no/such.json"], "no/such.json"),
+    (["--eval_data", "good.jsonl", "full/good.parquet"], "two benchmarks have one name"),
+    (["--max_response_tokens", "9999"], "positions"),
+    (["--nonsense"], "--nonsense"),
+])
+def test_bad_input_is_one_line_and_exit_code_2(here, monkeypatch, flags, said):
+    assert said in refusal_of_main(sdpo, monkeypatch, [*FLAGS, *flags])
+    assert not (here / "runs").exists()
+
+
+def test_the_ranks_must_divide_the_questions(here, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "the ranks, 3, must divide" in refusal_of_main(sdpo, monkeypatch, FLAGS)
+
+
+def test_a_folder_with_results_is_not_written_into(here):
+    command = [sys.executable, ROOT / "sdpo.py", *FLAGS, "--run_dir", "full"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "--run_dir full already holds results" in done.stderr
+    assert [p.read_text() for p in (here / "full").iterdir()] == ["precious"]

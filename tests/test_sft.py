@@ -1,23 +1,18 @@
 """sft_distill.py: examples, the masked loss, the schedule. No vLLM, no model but the toy."""
 import itertools
 import json
-import multiprocessing
 import random
-import sys
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 import torch
 
+import kill
 import sft_distill
+from common import (
+    CPU, ROOT, assert_same_gradient, learner, lines, on_ranks, refusal, refusal_of_main, toy)
 
-ROOT = Path(__file__).resolve().parent.parent
 TOKENIZERS = ROOT.parent / "shared/data/tokenizers"
-CPU = torch.device("cpu")
-# Ranks come from a server that has imported once: torch forbids backward in forks of this process.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch", "transformers.models.qwen3.modeling_qwen3"])
 
 
 def load(path, tokenizer, **more):
@@ -28,13 +23,6 @@ def load(path, tokenizer, **more):
 def write(path, *rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(ROOT / "toy/model")
 
 
 # --------------------------------------------------------------------------------------- examples
@@ -89,44 +77,33 @@ GOOD = '{"prompt": "a", "response": "b"}'
     '{"prompt": "a", "response": ["b"]}', '{"prompt": null, "response": "b"}',
     '{"prompt": [], "response": "b"}', '{"prompt": [{"role": "user"}], "response": "b"}',
 ])
-def test_a_bad_line_is_named(tmp_path, tokenizer, capsys, line):
+def test_a_bad_line_is_named(tmp_path, tokenizer, line):
     path = tmp_path / "d.jsonl"
     path.write_text(f"{GOOD}\n\n{line}\n")
-    with pytest.raises(SystemExit) as caught:
-        load(path, tokenizer)
-    err = capsys.readouterr().err
-    assert caught.value.code == 2 and len(err.splitlines()) == 1
-    assert err.startswith(f"error: --data {path}, line 3: needs a prompt and a response")
+    assert f"--data {path}, line 3: needs a prompt and a response" in refusal(load, path, tokenizer)
 
 
 @pytest.mark.parametrize("prompt", [
     "", " \n", 5, {}, [[]], ["a"], [{}], dict(role="user", content="a"), [dict(content="a")],
     [dict(role="user")], [dict(role="user", content=None)], [dict(role="user", content=["a"])],
     [dict(role="user", content="")]])
-def test_a_bad_prompt_is_named_whatever_the_template(tmp_path, monkeypatch, tokenizer, capsys,
-                                                     prompt):
+def test_a_bad_prompt_is_named_whatever_the_template(tmp_path, monkeypatch, tokenizer, prompt):
     # Qwen's and DeepSeek's let most of these pass, with no question in the prompt
     monkeypatch.setattr(sft_distill, "render", lambda *arguments: [1, 2, 3])
     path = write(tmp_path / "d.jsonl", *(dict(prompt=p, response="b") for p in ("a", prompt)))
-    with pytest.raises(SystemExit) as caught:
-        load(path, tokenizer)
-    err = capsys.readouterr().err
-    assert caught.value.code == 2 and len(err.splitlines()) == 1 and f"{path}, line 2" in err
+    assert f"{path}, line 2" in refusal(load, path, tokenizer)
 
 
 @pytest.mark.parametrize("content, limit, said", [
     (None, 9, "cannot be read"), (b"\xff\xfe", 9, "cannot be read"), (b"\n\n", 9, "none of 0"),
     (GOOD.encode(), 1, "none of 1 examples within --max_prompt_tokens 2048"),
 ])
-def test_a_bad_file_is_named(tmp_path, tokenizer, capsys, content, limit, said):
+def test_a_bad_file_is_named(tmp_path, tokenizer, content, limit, said):
     path = tmp_path / "d.jsonl"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(SystemExit) as caught:
-        load(path, tokenizer, max_response_tokens=limit)
-    err = capsys.readouterr().err
-    assert caught.value.code == 2 and len(err.splitlines()) == 1
-    assert err.startswith(f"error: --data {path}: ") and said in err
+    line = refusal(lambda: load(path, tokenizer, max_response_tokens=limit))
+    assert line.startswith(f"error: --data {path}: ") and said in line
 
 
 THINKING = "What is 1 + 1?<|im_end|>\n<|im_start|>assistant\n"
@@ -157,7 +134,7 @@ def test_examples_of_the_papers_models(tmp_path, name):
         assert tokenizer.decode(r.response_ids) == ANSWER + end
         ids = r.prompt_ids + r.response_ids
         assert ids.count(tokenizer.eos_token_id) == 1 + prompt.count(end)
-    # the very token that the template puts behind an answer
+    # the very token that the template puts after an answer
     chat = [*CHAT, dict(role="assistant", content="2")]
     turn = tokenizer.apply_chat_template(chat, tokenize=False)
     assert turn.rstrip("\n").endswith("2" + end)
@@ -166,54 +143,37 @@ def test_examples_of_the_papers_models(tmp_path, name):
 # --------------------------------------------------------------------------------------- the loss
 
 
-def toy():
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(ROOT / "toy/model", dtype=torch.float32)
-
-
 def make_batch(size):
     rng = random.Random(size)
 
     def draw(low, high):
         return [rng.randrange(5, 400) for _ in range(rng.randint(low, high))]
-
     return [sft_distill.Rollout(i, draw(3, 20), [*draw(1, 60), 2], None, "", True)
             for i in range(size)]
 
 
 def wrap(budget):
-    args = Namespace(tokens_per_micro_batch=budget)
-    return torch.nn.parallel.DistributedDataParallel(sft_distill.Student(toy(), args, CPU))
+    return learner(sft_distill, Namespace(tokens_per_micro_batch=budget))
 
 
-@pytest.fixture
-def alone():
-    """A process group of one."""
-    sft_distill.dist.init_process_group("gloo", store=sft_distill.dist.HashStore(), rank=0,
-                                        world_size=1)
-    yield
-    sft_distill.dist.destroy_process_group()
+def measure(size, budget=200, answers=None):
+    """The loss of a mini-batch and this rank's share of its gradient, as update() makes them.
 
-
-def assert_same_gradient(got, wanted):
-    scale = max(g.abs().max() for g in wanted.values())
-    assert scale > 0 and got.keys() == wanted.keys()
-    for name, g in wanted.items():
-        assert (got[name] - g).abs().max() <= 2e-5 * scale, name
-
-
-def gradient(model):
-    return {name: p.grad for name, p in model.named_parameters()}
+    answers: {number of the example: another end token}.
+    """
+    batch, (ddp, optimizer) = make_batch(size), wrap(budget)
+    for i, token in (answers or {}).items():
+        batch[i].response_ids[-1] = token
+    metrics = sft_distill.update(ddp, optimizer, batch, 0.0)  # no step: the rate is 0
+    micros = sft_distill.my_micro_batches(batch, budget)
+    return dict(metrics, gradient=dict(zip(optimizer.names, optimizer.sums)), micros=len(micros),
+                fillers=sum(not r.weight for m in micros for r in m))
 
 
 @pytest.mark.parametrize("budget, counts", [(10**6, 1), (200, 3), (1, 9)])
 def test_loss_is_the_cross_entropy_of_labels_masked_by_hand(alone, budget, counts):
-    batch = make_batch(9)
-    assert len(sft_distill.micro_batches(batch, budget)) == counts
-    ddp = wrap(budget)
-    loss = sft_distill.backward(ddp, None, batch, batch)
-
+    batch, got = make_batch(9), measure(9, budget)
+    assert got["micros"] == counts
     width = max(r.tokens() for r in batch)
     ids, labels, seen = (torch.full((9, width), fill) for fill in (0, -100, 0))
     for i, r in enumerate(batch):
@@ -224,77 +184,32 @@ def test_loss_is_the_cross_entropy_of_labels_masked_by_hand(alone, budget, count
     model = toy()
     want = model(input_ids=ids, attention_mask=seen, labels=labels).loss  # shifts them itself
     want.backward()
-    assert loss == pytest.approx(want.item(), rel=1e-5)
-    assert_same_gradient(gradient(ddp.module.model), gradient(model))
-
-
-def test_only_response_and_end_token_are_labels(alone, monkeypatch):
-    asked, whole = [], sft_distill.token_logprobs
-
-    def spy(hidden, head, targets, temperature):
-        assert len(hidden) == len(targets) and temperature == 1
-        asked.extend(targets.tolist())
-        return whole(hidden, head, targets, temperature)
-
-    monkeypatch.setattr(sft_distill, "token_logprobs", spy)
-    batch = make_batch(9)
-    sft_distill.backward(wrap(200), None, batch, batch)
-    in_order = sorted(batch, key=lambda r: r.tokens())  # as micro_batches has them
-    assert asked == [t for r in in_order for t in r.response_ids] and asked.count(2) == 9
+    assert got["loss"] == pytest.approx(want.item(), rel=1e-5)
+    assert got["trained_tokens"] == (labels != -100).sum()
+    assert_same_gradient(got["gradient"], {name: p.grad for name, p in model.named_parameters()})
 
 
 def test_end_token_counts_and_only_for_itself(alone):
-    batch, ddp = make_batch(3), wrap(10**6)
-    before = sft_distill.backward(ddp, None, batch, batch)
-    r = batch[0]
+    before, after = measure(3, 10**6), measure(3, 10**6, answers={0: 7})
+    batch = make_batch(3)
+    ids = torch.tensor([batch[0].prompt_ids + batch[0].response_ids])
     with torch.no_grad():
-        logits = ddp.module.model(torch.tensor([r.prompt_ids + r.response_ids])).logits[0, -2]
-    r.response_ids[-1] = 7
-    after = sft_distill.backward(ddp, None, batch, batch)
-    logprobs, tokens = logits.log_softmax(-1), sum(len(r.response_ids) for r in batch)
-    assert after - before == pytest.approx(((logprobs[2] - logprobs[7]) / tokens).item(), rel=1e-3)
-    assert abs(after - before) > 1e-3
+        logprobs = toy()(ids).logits[0, -2].log_softmax(-1)
+    want = (logprobs[2] - logprobs[7]) / before["trained_tokens"]
+    assert after["loss"] - before["loss"] == pytest.approx(want.item(), rel=1e-3)
+    assert abs(want) > 1e-3
 
 
-SIZES = [24, 1]  # examples in the mini-batch: with one, the second rank's hand is empty
-
-
-def measure(size, rank, world_size):
-    """The gradient and the loss of a mini-batch, and how it was split."""
-    batch, ddp = make_batch(size), wrap(200)
-    hands = sft_distill.deal(batch, world_size)
-    loss = sft_distill.backward(ddp, None, batch, hands[rank])
-    return dict(loss=loss, grads=gradient(ddp.module.model),
-                counts=[len(sft_distill.micro_batches(hand, 200)) for hand in hands])
-
-
-def job(rank, world_size, folder):
-    """Measures mini-batches of all SIZES as one of the ranks; the first one writes it down."""
-    torch.set_num_threads(1)
-    sft_distill.dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/{world_size}_ranks_meet", rank=rank,
-        world_size=world_size)
-    # DDP goes before the group: else it holds Python and waits for gloo, which waits for Python
-    results = [measure(size, rank, world_size) for size in SIZES]
-    if rank == 0:
-        torch.save(results, folder / f"{world_size}.pt")
-    sft_distill.dist.destroy_process_group()
-
-
-def test_two_ranks_give_the_gradient_of_one(tmp_path):
-    for world_size in (1, 2):
-        ranks = [FORKS.Process(target=job, args=(rank, world_size, tmp_path), daemon=True)
-                 for rank in range(world_size)]
-        for p in ranks:
-            p.start()
-        for p in ranks:
-            p.join(timeout=300)
-        assert [p.exitcode for p in ranks] == [0] * world_size
-    for one, two in zip(*(torch.load(tmp_path / f"{n}.pt") for n in (1, 2))):
-        assert two["counts"][0] != two["counts"][1]  # unequal numbers of micro-batches, as intended
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5) and one["loss"] > 0
-        assert_same_gradient(two["grads"], one["grads"])
-    assert 0 in two["counts"]
+@pytest.mark.parametrize("size", [24, 1])  # with one example the second rank has but a filler
+def test_two_ranks_give_the_gradient_of_one(tmp_path, alone, size):
+    one, two = measure(size), on_ranks(2, tmp_path, measure, size)
+    assert two[0]["micros"] == two[1]["micros"] == (one["micros"] + 1) // 2
+    assert sum(r["fillers"] for r in two) == one["micros"] % 2
+    assert size > 1 or two[1]["fillers"] == 1
+    for r in two:
+        assert r["loss"] == pytest.approx(one["loss"], rel=1e-5) and one["loss"] > 0
+        assert r["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
+    assert_same_gradient(two[0]["gradient"] | two[1]["gradient"], one["gradient"])
 
 
 # --------------------------------------------------------------------------------------- training
@@ -326,39 +241,77 @@ def test_every_update_has_a_rate(steps, ratio):
         assert got == sorted(got, reverse=True)
 
 
-def test_training_goes_through_all_examples_each_epoch(tmp_path, monkeypatch, alone, tokenizer):
-    seen, calls = [], []
+@pytest.fixture
+def run(tmp_path, monkeypatch, alone, tokenizer):
+    """run(folder, *flags): train() on ten examples, its nine updates and what else it calls.
+
+    All of it is real except vLLM: an evaluation leaves its file and no more, and if its step is
+    `stop_at`, a signal comes meanwhile.
+    """
     real = sft_distill.update
 
-    def update(ddp, optimizer, minibatch):
-        seen.append([r.row for r in minibatch])
-        calls.append(optimizer.param_groups[0]["lr"])
-        return real(ddp, optimizer, minibatch)
+    def run(folder, *flags, stop_at=None):
+        seen, calls, sft_distill.stop["asked"] = [], [], False
 
-    monkeypatch.setattr(sft_distill, "update", update)
-    monkeypatch.setattr(sft_distill, "sync_weights", lambda llm, model: calls.append("sync"))
-    monkeypatch.setattr(sft_distill, "evaluate", lambda *a: calls.append("eval") or dict(step=a[3]))
-    args = sft_distill.parse_args([
-        "--model", str(ROOT / "toy/model"), "--data", "d.jsonl", "--epochs", "3", "--batch_size",
-        "4", "--lr", "1e-3", "--eval_every", "4", "--save_every", "9", "--run_dir",
-        str(tmp_path / "d")])
-    args.data = "d.jsonl"
-    last = sft_distill.train(make_batch(10), None, None, tokenizer, {}, CPU, False, args)
-    assert last == dict(step=9) and [len(rows) for rows in seen] == [4, 4, 2] * 3
+        def update(ddp, optimizer, minibatch, lr):
+            seen.append([r.row for r in minibatch])
+            calls.append(lr)
+            return real(ddp, optimizer, minibatch, lr)
+
+        def evaluate(llm, verifier, benchmarks, step, args):
+            calls.append("eval")
+            sft_distill.write_lines(tmp_path / folder / f"eval/step_{step}.json", [dict(at=step)])
+            sft_distill.stop["asked"] = step == stop_at
+        monkeypatch.setattr(sft_distill, "update", update)
+        monkeypatch.setattr(sft_distill, "evaluate", evaluate)
+        monkeypatch.setattr(sft_distill, "sync_weights", lambda llm, model: calls.append("sync"))
+        args = sft_distill.parse_args([
+            "--model", str(ROOT / "toy/model"), "--data", "d.jsonl", "--epochs", "3",
+            "--batch_size", "4", "--lr", "1e-3", "--eval_every", "4", "--save_every", "9",
+            "--run_dir", str(tmp_path / folder), *flags])
+        args.data = "d.jsonl"
+        last = sft_distill.train(make_batch(10), None, None, tokenizer, {}, CPU, args)
+        return last, seen, calls
+    yield run
+    sft_distill.stop["asked"] = False
+
+
+def test_training_goes_through_all_examples_each_epoch(tmp_path, run):
+    last, seen, calls = run("d")
+    assert last == dict(at=9) and [len(rows) for rows in seen] == [4, 4, 2] * 3
     epochs = [sum(seen[i : i + 3], []) for i in (0, 3, 6)]
     assert all(sorted(rows) == list(range(10)) for rows in epochs) and epochs[0] != epochs[1]
     lr = rates(9, 0.1, 1e-3)
     evaluated = ["sync", "eval"]
     assert calls == [*lr[:4], *evaluated, *lr[4:8], *evaluated, lr[8], *evaluated]
-    lines = [json.loads(line) for line in (tmp_path / "d/metrics.jsonl").read_text().splitlines()]
-    assert [m["step"] for m in lines] == list(range(1, 10)) and [m["lr"] for m in lines] == lr
-    assert all(m["updates"] == 1 for m in lines)
+    metrics = lines(tmp_path / "d/metrics.jsonl")
+    assert [m["step"] for m in metrics] == list(range(1, 10)) and [m["lr"] for m in metrics] == lr
+    assert all(m["updates"] == 1 and m["skipped"] == 0 for m in metrics)
+    assert ["eval" in m["seconds"] for m in metrics] == [n in (4, 8, 9) for n in range(1, 10)]
     first, final = (sum(m["loss"] * m["trained_tokens"] for m in part) / sum(
-        m["trained_tokens"] for m in part) for part in (lines[:3], lines[-3:]))
+        m["trained_tokens"] for m in part) for part in (metrics[:3], metrics[-3:]))
     assert final < 0.9 * first  # the very same examples: it learns
     assert [p.name for p in (tmp_path / "d/checkpoints").iterdir()] == ["step_9"]
-    config = json.loads((tmp_path / "d/config.json").read_text())
+    (config,) = lines(tmp_path / "d/config.json")
     assert (config["script"], config["data"], config["epochs"]) == ("sft_distill.py", "d.jsonl", 3)
+
+
+@pytest.mark.parametrize("flag", ["--no-recompute_layers", "--no-offload_optimizer"])
+def test_flags_of_memory_change_no_bit(tmp_path, run, flag):
+    run("with")
+    run("without", flag)
+    assert kill.outcome(tmp_path / "with", 9) == kill.outcome(tmp_path / "without", 9)
+
+
+def test_a_signal_ends_it_with_a_checkpoint_and_it_goes_on_alike(tmp_path, run, capsys):
+    run("whole")
+    assert run("d", stop_at=4)[0] is None
+    assert "stopped after step 4: the same command with --resume goes on" in capsys.readouterr().out
+    assert [m["step"] for m in lines(tmp_path / "d/metrics.jsonl")] == [1, 2, 3, 4]
+    assert [p.name for p in (tmp_path / "d/checkpoints").iterdir()] == ["step_4"]
+    last, seen, _ = run("d", "--resume")
+    assert last == dict(at=9) and len(seen) == 5
+    assert kill.outcome(tmp_path / "d", 9) == kill.outcome(tmp_path / "whole", 9)
 
 
 # ---------------------------------------------------------------------------------------- command
@@ -395,41 +348,30 @@ def test_defaults_are_what_the_docstring_says():
 
 @pytest.mark.parametrize("flags, said", [
     (["--data", "d.jsonl", "other/d.jsonl"], "--data: two have one name (d d)"),
-    (["--data", "d.jsonl", "base.jsonl"], "base is the untrained model's"),
+    (["--data", "d.jsonl", "base.jsonl"], "--data: a file named base or eval"),
     (["--eval_data", "d.jsonl", "other/d.jsonl"], "--eval_data: two have one name (d d)"),
     (["--warmup_ratio", "1.5"], "--warmup_ratio 1.5 must lie between 0 and 1"),
     (["--warmup_ratio", "-0.1"], "--warmup_ratio -0.1"),
-    (["--run_dir", "full"], "--run_dir full already holds results"),
-    (["--run_dir", "d.jsonl"], "--run_dir d.jsonl already holds results"),
     (["--batch_size", "0"], "0 must be at least 1"),
     (["--data", "broken.jsonl"], "broken.jsonl, line 2"),
     (["--data", "no/such.jsonl"], "no/such.jsonl"),
     (["--eval_data", "no/such.jsonl"], "no/such.jsonl"),
     (["--max_response_tokens", "9999"], "positions"),
 ])
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, flags, said):
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, flags, said):
     row = dict(prompt="1+1?", response="\\boxed{2}", answer="2")
-    for folder in (tmp_path, tmp_path / "other", tmp_path / "full"):
-        folder.mkdir(exist_ok=True)
-        write(folder / "d.jsonl", row)
-    write(tmp_path / "base.jsonl", row)
+    (tmp_path / "other").mkdir()
+    for name in ("d.jsonl", "other/d.jsonl", "base.jsonl"):
+        write(tmp_path / name, row)
     (tmp_path / "broken.jsonl").write_text(json.dumps(row) + "\n{not json\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [
-        "sft_distill.py", "--model", str(ROOT / "toy/model"), "--data", "d.jsonl", "--eval_data",
-        "d.jsonl", "--max_response_tokens", "64", *flags])  # of one given twice the last counts
-    went_on = "all of it was accepted"
-    monkeypatch.setattr(sft_distill, "start_process_group", lambda: pytest.fail(went_on))
-    with pytest.raises(SystemExit) as caught:
-        sft_distill.main()
-    err = capsys.readouterr().err
-    assert caught.value.code == 2 and said in err and len(err.splitlines()) == 1, err
-    assert not (tmp_path / "runs").exists() and len(list((tmp_path / "full").iterdir())) == 1
+    assert said in refusal_of_main(sft_distill, monkeypatch, [
+        "--model", ROOT / "toy/model", "--data", "d.jsonl", "--eval_data", "d.jsonl",
+        "--max_response_tokens", "64", *flags])  # of a flag given twice the last counts
+    assert not (tmp_path / "runs").exists()
 
 
-def test_good_input_is_accepted(tmp_path):
-    (tmp_path / "empty").mkdir()
-    for flags in (["--run_dir", str(tmp_path / "empty")], ["--run_dir", str(tmp_path / "new")],
-                  ["--run_dir", str(tmp_path / "new"), "--eval_data"]):
+def test_good_input_is_accepted():
+    for flags in ([], ["--eval_data"]):
         sft_distill.check_args(sft_distill.parse_args(
             ["--model", "x", "--data", "d_ug.jsonl", "d_sg.jsonl", *flags]))

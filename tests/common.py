@@ -1,0 +1,92 @@
+"""What several test files do."""
+import contextlib
+import io
+import json
+import multiprocessing
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "toy/data"
+CPU = torch.device("cpu")
+# Ranks come from a server that has imported once: torch forbids backward in forks of this process.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch", "torch.distributed.checkpoint",
+                              "transformers.models.qwen3.modeling_qwen3"])
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def few(path, n, folder):
+    """The first n questions of a file, as a file in the folder."""
+    small = folder / f"few_{path.stem}.jsonl"
+    small.write_text("".join(path.read_text().splitlines(True)[:n]))
+    return small
+
+
+def toy(dtype=torch.float32):
+    """The toy model."""
+    from transformers import AutoModelForCausalLM
+    return AutoModelForCausalLM.from_pretrained(ROOT / "toy/model", dtype=dtype)
+
+
+def learner(script, args, lr=1e-3, **ddp):
+    """(ddp, optimizer) of the toy, as the script's own main() makes them."""
+    model = toy()
+    optimizer = script.MasterAdamW(model.named_parameters(), "cpu", lr=lr, weight_decay=0.01)
+    student = script.Student(model, args, CPU)
+    return DistributedDataParallel(student, gradient_as_bucket_view=True, **ddp), optimizer
+
+
+def on_ranks(world_size, folder, job, *args):
+    """[what job(*args) returns on each rank], in processes of their own."""
+    meet = folder / uuid.uuid4().hex
+    ranks = [FORKS.Process(target=be_rank, args=(rank, world_size, meet, job, args), daemon=True)
+             for rank in range(world_size)]
+    for p in ranks:
+        p.start()
+    for p in ranks:
+        p.join(timeout=300)
+    assert [p.exitcode for p in ranks] == [0] * world_size
+    return [torch.load(f"{meet}_{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+def be_rank(rank, world_size, meet, job, args):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=world_size)
+    # a job's DDP goes before the group: else it holds Python and waits for gloo, which waits for it
+    torch.save(job(*args), f"{meet}_{rank}.pt")
+    dist.destroy_process_group()
+
+
+def assert_same_gradient(got, wanted):
+    """Of {name: gradient}, up to the order in which float32 numbers were added."""
+    scale = max(g.abs().max() for g in wanted.values())
+    assert scale > 0 and got.keys() == wanted.keys()
+    for name, g in wanted.items():
+        assert (got[name] - g).abs().max() <= 2e-5 * scale, name
+
+
+def refusal(act, *args):
+    """The one line that act(*args) ends with, its exit code 2."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), pytest.raises(SystemExit) as end:
+        act(*args)
+    (line,) = said.getvalue().splitlines()
+    assert end.value.code == 2 and line.startswith("error: ")
+    return line
+
+
+def refusal_of_main(script, monkeypatch, argv):
+    """The one line with which the script's command ends before it starts any process group."""
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, argv)])
+    monkeypatch.setattr(script, "start_process_group", lambda: pytest.fail("it was accepted"))
+    return refusal(script.main)
