@@ -9,8 +9,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [name for name in ("generate_conditions.py", "sft_distill.py", "grpo.py", "sdpo.py",
                              "evaluate.py") if (ROOT / name).exists()]
 OWN = {"main", "parse_args", "check_args", "log", "table", "summarise",  # a script's own by nature;
-       "Rollout", "loss_weights", "sample_groups",  # and where the algorithms differ
-       "Student", "trainer_logprobs", "backward", "update"}
+       "Rollout", "set_loss_weights", "sample_groups",  # and where the algorithms differ
+       "Student", "remember_logprobs", "backward", "update"}
 
 
 def functions(name):

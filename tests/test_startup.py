@@ -1,14 +1,13 @@
-"""What cannot work, or will not end, is named in one line before any weights are loaded."""
+"""What cannot work is named in one line before any weights are loaded."""
 import json
 import shutil
-from argparse import Namespace
-from pathlib import Path
 
 import pytest
 
 import sdpo
+from common import ROOT, refusal
 
-TOY = Path(__file__).resolve().parent.parent / "toy/model"
+TOY = ROOT / "toy/model"
 
 
 @pytest.fixture
@@ -19,60 +18,31 @@ def model(tmp_path):
     return tmp_path
 
 
-def change(path, **values):
-    path.write_text(json.dumps(dict(json.loads(path.read_text()), **values)))
-
-
-def load(model):
-    return sdpo.load_tokenizer(Namespace(model=str(model), enable_thinking=True))
-
-
-def refusal(model, capsys):
-    with pytest.raises(SystemExit) as end:
-        load(model)
-    assert end.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: --model {model}: ")
-    return line
+def load(model, longest=4096):
+    return sdpo.load_tokenizer(str(model), longest)
 
 
 def test_the_toy_passes_in_silence(model, capsys):
-    load(model)
+    tokenizer, config = load(model)
+    assert len(tokenizer) <= config.vocab_size and config.max_position_embeddings == 4096
     assert capsys.readouterr().out == ""
 
 
-def test_no_chat_template(model, capsys):
+def test_no_chat_template(model):
     (model / "chat_template.jinja").unlink()
-    assert "no chat template" in refusal(model, capsys)
+    assert f"--model {model}: its tokenizer has no chat template" in refusal(load, model)
 
 
-def test_vocabulary_larger_than_the_model(model, capsys):
-    change(model / "config.json", vocab_size=100)
-    assert "487 tokens and the model 100" in refusal(model, capsys)
+def test_vocabulary_larger_than_the_model(model):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(dict(config, vocab_size=100)))
+    assert "487 tokens and the model 100" in refusal(load, model)
 
 
-def test_no_end_token(model, capsys):
-    change(model / "tokenizer_config.json", eos_token=None)
-    assert "no end token" in refusal(model, capsys)
+def test_longer_than_the_positions(model):
+    assert f"4,097, more than the 4,096 positions of {model}" in refusal(load, model, 4097)
 
 
-def test_no_model(tmp_path, capsys):
+def test_no_model(tmp_path):
     (tmp_path / "config.json").write_text("{")
-    assert "no model folder" in refusal(tmp_path, capsys)
-
-
-def test_thinking_that_the_template_lacks(model, capsys):
-    template = (model / "chat_template.jinja").read_text().replace("<think>", "")
-    (model / "chat_template.jinja").write_text(template.replace("enable_thinking", "false"))
-    load(model)
-    assert "no thinking to switch on" in capsys.readouterr().out
-
-
-def test_an_end_token_that_no_answer_has(model, capsys):
-    """A base model: its template closes a turn with <|im_end|>, vLLM waits for another token."""
-    change(model / "tokenizer_config.json", eos_token="<|im_start|>")
-    load(model)
-    assert "ends no answer with <|im_start|>" in capsys.readouterr().out
-    shutil.copy(TOY / "generation_config.json", model)
-    load(model)  # the model's own end tokens have it
-    assert capsys.readouterr().out == ""
+    assert f"--model {tmp_path}: no model folder" in refusal(load, tmp_path)
