@@ -20,8 +20,9 @@ GRPO_LR := 1.5e-4
 SDPO_LR := 3e-4
 STUDIED := --num_questions 60 --sft_examples 120 --questions_per_round 200
 TOY := --model toy/model --max_response_tokens 480 --seed $(SEED)
-EVAL := --eval_data toy/data/in.jsonl toy/data/ood.jsonl --eval_every 8
-TRAIN := $(TOY) $(EVAL) --data toy/data/train.jsonl --questions_per_step 16 \
+TESTS := toy/data/in.jsonl toy/data/ood.jsonl
+EVAL := --eval_every 8
+TRAIN := $(TOY) --eval_data $(TESTS) $(EVAL) --data toy/data/train.jsonl --questions_per_step 16 \
     --minibatch_questions 16 --steps $(STEPS) --warmup_steps $(WARMUP) --save_every $(STEPS) \
     --tokens_per_micro_batch 8192 --no-recompute_layers
 ended = $(1:%=$(OUT)/%/eval/step_$(STEPS).json)
@@ -37,7 +38,7 @@ demo: .venv/installed
 	@echo "Five contexts, SFT on two sets, GRPO and SDPO on a 1M-parameter model: about 8 minutes on"
 	@echo "two CPU cores. Then Tables 1 and 2, the curves, and a picture in runs/demo/report.png."
 	rm -rf runs/demo
-	$(MAKE) --no-print-directory -j $(JOBS) $(call ended,sdpo) runs/demo/sft/summary.json \
+	$(MAKE) --no-print-directory -j $(JOBS) $(call ended,sdpo) runs/demo/sft/eval/summary.json \
 	    $(call ended,grpo)
 	$(BIN)/python report.py runs/demo
 
@@ -46,18 +47,21 @@ study: .venv/installed
 	for seed in 0 1 2; do $(MAKE) --no-print-directory -j $(JOBS) seed SEED=$$seed STEPS=30 \
 	    WARMUP=5 GRPO_LR=1e-4 SDPO_LR=2e-4 \
 	    STUDIED="--num_questions 100 --sft_examples 200 --questions_per_round 240" \
-	    OUT=runs/study/seed_$$seed EVAL="--eval_data toy/data/ood.jsonl --eval_every 100 --eval_rollouts 2" || exit; done
+	    OUT=runs/study/seed_$$seed TESTS=toy/data/ood.jsonl EVAL="--eval_every 100 --eval_rollouts 2" \
+	    || exit; done
 	$(BIN)/python report.py runs/study/seed_*
-seed: $(OUT)/sft/summary.json \
+seed: $(OUT)/sft/eval/summary.json \
     $(call ended,grpo sdpo sdpo_without_think sdpo_ema sdpo_8)
 
 $(OUT)/conditions/summary.json:
 	$(RUN) generate_conditions.py $(TOY) --data toy/data/train.jsonl $(STUDIED) --out $(@D)
-$(OUT)/sft/summary.json: $(OUT)/conditions/summary.json
-	rm -rf $(@D)
-	$(RUN) sft_distill.py $(TOY) $(EVAL) --eval_every 100 --eval_rollouts 2 \
-	    --data $(<D)/d_ug.jsonl $(<D)/d_sg.jsonl --lr 1e-4 --batch_size 8 \
-	    --tokens_per_micro_batch 8192 --no-recompute_layers --run_dir $(@D)
+$(OUT)/sft/eval/summary.json: $(OUT)/conditions/summary.json
+	rm -rf $(OUT)/sft
+	for d in d_ug d_sg; do $(RUN) sft_distill.py --model toy/model --data $(<D)/$$d.jsonl --lr 1e-4 \
+	    --batch_size 8 --seed $(SEED) --max_response_tokens 480 --tokens_per_micro_batch 8192 \
+	    --save_every 1000 --no-recompute_layers --run_dir $(OUT)/sft/$$d || exit; done
+	$(RUN) evaluate.py --model toy/model $(OUT)/sft/*/checkpoints/step_* --samples 2 --top_k 0 \
+	    --data $(TESTS) --max_response_tokens 480 --seed $(SEED) --out $(@D)
 $(OUT)/%/eval/step_$(STEPS).json:
 	rm -rf $(OUT)/$*
 	$(RUN) $($*) $(TRAIN) --run_dir $(OUT)/$*

@@ -9,9 +9,9 @@ share of cut answers, epistemic markers.
     python evaluate.py --model toy/model --data toy/data/ood.jsonl --samples 4
 
 Several models of one shape, as the checkpoints of a run are, share one engine: the weights are
-exchanged in place. Writes <out>/<model's folder>/<benchmark>.jsonl, a line an answer, and
-<out>/summary.json, and prints one table, a line a model. A start with the same --out goes on with
-what is missing.
+exchanged in place. Writes <out>/<model>/<benchmark>.jsonl, a line an answer, and
+<out>/summary.json, and prints one table, a line a model (Table 2, of SFT's checkpoints). A start
+with the same --out goes on with what is missing.
 
 What a reader of the paper would not expect (the authors' code: commit 5c51051 of
 github.com/beanie00/self-distillation-analysis):
@@ -75,7 +75,7 @@ def check_args(args, out):
     if not 0 < args.top_p <= 1 or args.top_k < 0:
         fail(f"--top_p {args.top_p} must lie in (0, 1], and --top_k {args.top_k} not be negative")
     for flag, names in (("--data", [Path(source).stem for source in args.data]),
-                        ("--model", [Path(model).name for model in args.model])):
+                        ("--model", list(map(model_name, args.model)))):
         if len(set(names)) < len(names):
             fail(f"{flag}: two have one name ({' '.join(names)}), so would their results")
     path = out / "config.json"
@@ -87,6 +87,11 @@ def check_args(args, out):
                      "folder, or go on as it was begun")
     elif out.exists() and (out.is_file() or any(out.iterdir())):
         fail(f"--out {out} holds something else: name another folder or remove it")
+
+def model_name(model):
+    """What its results are called: Qwen3-8B, or of a run's checkpoint sdpo/step_100."""
+    parts = Path(model).parts
+    return f"{parts[-3]}/{parts[-1]}" if parts[-2:-1] == ("checkpoints",) else parts[-1]
 
 def family(model_type, chat_template, enable_thinking):
     """Row of Table 11 for a model; Qwen3's if none fits, since its sampling is the common one."""
@@ -192,7 +197,7 @@ def empty_engine(args, device, max_model_len):
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     logging.getLogger("vllm").setLevel(logging.ERROR)  # of what it says before it reads that
-    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else one, on CPU
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else vLLM leaves one
     from vllm import LLM
     return LLM(args.model[0], dtype="float32" if cpu else "bfloat16", seed=args.seed,
                enforce_eager=cpu, max_model_len=max_model_len, max_num_seqs=256,
@@ -236,6 +241,9 @@ def start_process_group():
     if torch.cuda.is_available():
         backend, device = "cpu:gloo,cuda:nccl", torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+        # AdamW in CPU memory wants its share of the cores, of which torchrun leaves it one
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
     # a rank may wait for another's rollouts of 20,000 tokens longer than the usual half hour
     dist.init_process_group(backend, timeout=timedelta(hours=6), **alone)
     return device
@@ -297,9 +305,9 @@ def main():
     models = {}
     with Verifier() as verifier:
         for model in args.model:
-            loaded, rows = False, models.setdefault(Path(model).name, {})
+            loaded, rows = False, models.setdefault(model_name(model), {})
             for name, questions in benchmarks.items():
-                path = out / Path(model).name / f"{name}.jsonl"
+                path = out / model_name(model) / f"{name}.jsonl"
                 lines = exchange([path.read_text() if path.exists() else None])[0]
                 if lines:  # by an earlier start
                     rows[name] = summarise(list(map(json.loads, lines.splitlines())), args.samples)
@@ -311,6 +319,7 @@ def main():
                 records.sort(key=lambda r: r["index"])
                 rows[name] = summarise(records, args.samples)
                 if dist.get_rank() == 0:
+                    path.parent.mkdir(parents=True, exist_ok=True)
                     write_lines(path, records)
             say(f"{model}: " + "  ".join(f"{n} {row['score']:.3f}" for n, row in rows.items()))
     say("\n" + table(models))

@@ -228,7 +228,7 @@ def load_engine(args, device, max_model_len):
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     logging.getLogger("vllm").setLevel(logging.ERROR)  # of what it says before it reads that
-    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else one, on CPU
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else vLLM leaves one
     cpu = device.type == "cpu"
     from vllm import LLM
     return LLM(args.model, dtype="float32" if cpu else "bfloat16", seed=args.seed,
@@ -308,6 +308,9 @@ def start_process_group():
     if torch.cuda.is_available():
         backend, device = "cpu:gloo,cuda:nccl", torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+        # AdamW in CPU memory wants its share of the cores, of which torchrun leaves it one
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
     # a rank may wait for another's rollouts of 20,000 tokens longer than the usual half hour
     dist.init_process_group(backend, timeout=timedelta(hours=6), **alone)
     return device

@@ -3,7 +3,7 @@
     python report.py runs/demo                # what `make demo` left: conditions, sft, grpo, sdpo
     python report.py runs/study/seed_*        # `make study`: means and spread over the seeds
 
-A folder holds some of conditions/ and sft/ (with a summary.json each) and training runs (with
+A folder holds some of conditions/ and sft/eval/ (with a summary.json each) and training runs (with
 metrics.jsonl and eval/). Prints Table 1, Table 2, where every training run ended, and GRPO beside
 SDPO over the steps, and draws them (Figures 3, 7, 8 and 9 in small) as report.png.
 """
@@ -42,8 +42,9 @@ def read_folder(folder):
         path = folder / name / "summary.json"
         return read_lines(path)[0][key] if path.exists() else {}
     runs = sorted(path.parent for path in folder.glob("*/metrics.jsonl"))
-    return summary("conditions", "contexts"), summary("sft", "rows"), {
-        run.name: read_run(run) for run in runs}
+    tuned = {f"SFT on {Path(name).parent}" if "/" in name else "base": rows  # d_ug/step_45
+             for name, rows in summary("sft/eval", "models").items()}
+    return summary("conditions", "contexts"), tuned, {run.name: read_run(run) for run in runs}
 
 # --- tables --------------------------------------------------------------------------------------
 

@@ -562,7 +562,7 @@ def make_engine(args, device):
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     logging.getLogger("vllm").setLevel(logging.ERROR)  # of what it says before it reads that
-    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else one, on CPU
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else vLLM leaves one
     from vllm import LLM
     llm = LLM(args.model, dtype=DTYPE[device.type], seed=args.seed, enforce_eager=cpu,
               max_model_len=args.max_prompt_tokens + args.max_response_tokens,
@@ -573,9 +573,6 @@ def make_engine(args, device):
               logprobs_mode="processed_logprobs",  # of what is sampled from: after temperature
               load_format="dummy", use_tqdm_on_load=False, enable_sleep_mode=not cpu,
               hf_overrides=dict(tie_word_embeddings=False) if cpu else None)
-    # AdamW in CPU memory wants its share of the cores: on GPUs vLLM and torchrun leave it one
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
     sleep(llm)
     return llm
 
@@ -867,6 +864,9 @@ def start_process_group():
     if torch.cuda.is_available():
         backend, device = "cpu:gloo,cuda:nccl", torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+        # AdamW in CPU memory wants its share of the cores, of which torchrun leaves it one
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
     # a rank may wait for another's rollouts of 20,000 tokens longer than the usual half hour
     dist.init_process_group(backend, timeout=timedelta(hours=6), **alone)
     return device

@@ -5,30 +5,29 @@ the plain prompt: d_ug, written without help (long, full of doubt), and d_sg, wr
 solution in the prompt (short, sure). Fine-tuning on the first changes little; on the second it
 costs a third to two thirds of the score, although every answer is right.
 
-    torchrun --nproc_per_node 8 sft_distill.py --model deepseek-ai/DeepSeek-R1-Distill-Qwen-7B \\
-        --data runs/conditions/d_ug.jsonl runs/conditions/d_sg.jsonl      # prints Table 2
-    make demo                                                             # a small one, on 2 cores
+    M=deepseek-ai/DeepSeek-R1-Distill-Qwen-7B
+    for D in d_ug d_sg; do torchrun --nproc_per_node 8 sft_distill.py --model $M \\
+        --data runs/conditions/$D.jsonl --run_dir runs/sft/$D; done
+    torchrun --nproc_per_node 8 evaluate.py --model $M runs/sft/*/checkpoints/step_75     # Table 2
+    make demo                                               # a small one, on two CPU cores
 
---data takes any JSON Lines files with `prompt` (messages, or the user's text) and `response`, and
-starts from --model again for each. The loss is the cross-entropy of the response and the end token
-after it, a mean over all tokens of a batch; prompt and padding never count.
+--data takes any JSON Lines file with `prompt` (messages, or the user's text) and `response`. The
+loss is the cross-entropy of the response and the end token after it, a mean over all tokens of a
+batch; prompt and padding never count.
 
 Neither the paper nor the authors' code says how they trained. Ours is common practice for 800 long
 answers and a 7B model: full fine-tuning, 3 epochs, 32 examples a step (75 steps), AdamW at 1e-5,
 linear warm-up over the first tenth, then a cosine to 0, gradients clipped at 1.
 
 Watch: `loss` starts low, since the model wrote the answers itself (d_ug lower than d_sg: without
-the solution in the prompt a sure answer surprises it), and falls slowly. length and epistemic in
-eval/ stay where they are on d_ug, and fall at once on d_sg.
+the solution in the prompt a sure answer surprises it), and falls slowly. In evaluate.py's table
+length and epistemic stay where they are on d_ug, and fall on d_sg.
 
-The paper ends with main(). After it: logging, vLLM, memory, checkpoints; read them when needed.
+The paper ends with main(). After it: logging, memory, checkpoints; read them when needed.
 """
 import argparse
 import contextlib
-import copy
-import itertools
 import json
-import logging
 import math
 import os
 import random
@@ -42,7 +41,6 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -52,7 +50,6 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 import epistemic
-from verifier import Verifier, load_questions
 
 # --- arguments -----------------------------------------------------------------------------------
 
@@ -63,11 +60,10 @@ def parse_args(argv=None):
     parser.error, switch = fail, argparse.BooleanOptionalAction
     add = parser.add_argument_group("model and data").add_argument
     add("--model", required=True, help="hub id or Hugging Face folder")
-    add("--data", nargs="+", required=True, help=".jsonl files of prompt and response, a run each")
+    add("--data", required=True, help=".jsonl file of prompt and response")
     add("--enable_thinking", action=switch, default=True, help="for Qwen3's chat template")
     add("--max_prompt_tokens", type=int, default=2048, help="longer prompts are left out")
-    add("--max_response_tokens", type=int, default=32768,
-        help="longer examples are left out, longer answers in the evaluation cut")
+    add("--max_response_tokens", type=int, default=32768, help="longer examples are left out")
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=int, default=3, help="times that each example is seen")
     add("--batch_size", type=int, default=32, help="examples an update, over all ranks")
@@ -77,14 +73,9 @@ def parse_args(argv=None):
     add("--tokens_per_micro_batch", type=int, default=24576, help="padded; a longer one goes alone")
     add("--recompute_layers", action=switch, default=True, help="without: faster, more memory")
     add("--offload_optimizer", action=switch, default=True, help="AdamW's state in CPU memory")
-    add("--gpu_memory_utilization", type=float, default=0.7, help="vLLM's share, while it samples")
     add = parser.add_argument_group("run").add_argument
-    add("--run_dir", default="runs/sft", help="a new folder; one in it for each of --data")
-    add("--seed", type=int, default=0, help="of data order and sampling")
-    add("--eval_data", nargs="*", default=["aime24", "aime25", "amc23", "math500"],
-        help="any of these, hub ids, files")
-    add("--eval_rollouts", type=int, default=16, help="answers to a question: acc@n")
-    add("--eval_every", type=int, default=25, help="updates; also before the first, after the last")
+    add("--run_dir", default="runs/sft", help="a new folder")
+    add("--seed", type=int, default=0, help="of data order")
     add("--save_every", type=int, default=25, help="updates; also after the last")
     add("--resume", action="store_true", help="go on from --run_dir's newest checkpoint that loads")
     return with_flags_of_the_run(parser, argv)
@@ -93,17 +84,10 @@ def check_args(args):
     for name, value in vars(args).items():
         if type(value) is int and value < 1 and name != "seed":
             fail(f"--{name} {value} must be at least 1")
-    for name in ("warmup_ratio", "gpu_memory_utilization"):
-        if not 0 <= getattr(args, name) <= 1:
-            fail(f"--{name} {getattr(args, name)} must lie between 0 and 1")
-    for flag, sources in (("--data", args.data), ("--eval_data", args.eval_data)):
-        names = [Path(source).stem for source in sources]
-        if len(set(names)) < len(names):
-            fail(f"{flag}: two have one name ({' '.join(names)})")
-        if flag == "--data" and {"base", "eval"} & set(names):
-            fail("--data: a file named base or eval: its run would go where the base's results are")
+    if not 0 <= args.warmup_ratio <= 1:
+        fail(f"--warmup_ratio {args.warmup_ratio} must lie between 0 and 1")
 
-# --- prompts -------------------------------------------------------------------------------------
+# --- data ----------------------------------------------------------------------------------------
 
 def render(tokenizer, messages, enable_thinking):
     """Token ids of a chat up to where the model speaks (Table 12); the template writes any BOS."""
@@ -111,24 +95,18 @@ def render(tokenizer, messages, enable_thinking):
                                          enable_thinking=enable_thinking)
     return tokenizer.encode(text, add_special_tokens=False)
 
-def with_prompts(source, tokenizer, args):
-    """load_questions, each with its prompt_ids; those over --max_prompt_tokens left out."""
-    try:
-        questions = load_questions(source)
-    except ValueError as error:
-        fail(error)
-    for q in questions:
-        q["prompt_ids"] = render(tokenizer, q["messages"], args.enable_thinking)
-    kept = [q for q in questions if len(q["prompt_ids"]) <= args.max_prompt_tokens]
-    if not kept:
-        fail(f"{source}: all {len(questions)} prompts are longer than --max_prompt_tokens "
-             f"{args.max_prompt_tokens}")
-    if len(kept) < len(questions):
-        say(f"{source}: {len(questions) - len(kept):,} of {len(questions):,} prompts left out")
-    return kept
+@dataclass
+class Example:
+    prompt_ids: list
+    response_ids: list  # with the end token
+    text: str
+    weight: float = 0.0  # of each of its tokens in the loss
+
+    def tokens(self):
+        return len(self.prompt_ids) + len(self.response_ids)
 
 def load_examples(path, tokenizer, args):
-    """[Rollout] of a .jsonl file with prompt and response; those that are too long left out.
+    """[Example] of a .jsonl file with prompt and response; those that are too long left out.
 
     The response becomes tokens again and gets the end token that the template puts after it.
     """
@@ -152,7 +130,7 @@ def load_examples(path, tokenizer, args):
             fail(f"--data {path}, line {number}: needs a prompt and a response ({error!r})")
         response_ids = [*tokenizer.encode(response, add_special_tokens=False),
                         tokenizer.eos_token_id]
-        examples.append(Rollout(number, prompt_ids, response_ids, None, response, True))
+        examples.append(Example(prompt_ids, response_ids, response))
     kept = [r for r in examples if len(r.prompt_ids) <= args.max_prompt_tokens
             and len(r.response_ids) <= args.max_response_tokens]
     if not kept:
@@ -184,45 +162,6 @@ def learning_rate(step, steps, args):
     if step <= warmup:
         return args.lr * step / warmup
     return args.lr * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup + 1))) / 2
-
-# --- rollout (for the evaluation) ----------------------------------------------------------------
-
-@dataclass
-class Rollout:
-    row: int  # line of the data file, or of the benchmark
-    prompt_ids: list
-    response_ids: list
-    logprobs: np.ndarray | None  # (T,) vLLM's own; of no use here
-    text: str
-    finished: bool  # by itself, not cut at max_response_tokens
-    reward: float = 0.0
-    weight: float = 0.0  # of each of its tokens in the loss
-
-    def tokens(self):
-        return len(self.prompt_ids) + len(self.response_ids)
-
-def generate(llm, questions, n, seed, max_tokens, **sampling):
-    """n rollouts for each question: a list of groups, in the order of the questions."""
-    from transformers import set_seed
-    from vllm import SamplingParams
-    # No seed a request: that crashes on CPU. The global ones repeat bit for bit: vLLM's older model
-    # runner draws from torch's, the newer one (on GPUs) from NumPy's, and this sets both.
-    set_seed(seed)
-    llm.reset_prefix_cache()  # nor may what was computed before show in the last bit (--resume)
-    params = SamplingParams(n=n, max_tokens=max_tokens, logprobs=0, flat_logprobs=True, **sampling)
-    prompts = [dict(prompt_token_ids=q["prompt_ids"]) for q in questions]
-    outputs = llm.generate(prompts, params, use_tqdm=False)
-    return [[Rollout(row, q["prompt_ids"], list(o.token_ids), np.float32(o.logprobs.logprobs),
-                     o.text, o.finish_reason == "stop") for o in output.outputs]
-            for row, (q, output) in enumerate(zip(questions, outputs))]
-
-def grade(verifier, groups, questions, **how):
-    """All rollouts of the groups, each with its reward: 1 correct, 0 not."""
-    rollouts = [r for group in groups for r in group]
-    golds = [q["answer"] for q, group in zip(questions, groups) for _ in group]
-    for r, reward in zip(rollouts, verifier.verify([r.text for r in rollouts], golds, **how)):
-        r.reward = reward
-    return rollouts
 
 # --- update --------------------------------------------------------------------------------------
 
@@ -305,14 +244,18 @@ def update(ddp, optimizer, minibatch, lr):
 
 # --- run -----------------------------------------------------------------------------------------
 
-def train(examples, llm, verifier, tokenizer, benchmarks, device, args):
-    """From --model on one data set; returns the evaluation after the last update, or None where a
-    signal has ended it before."""
-    rng, rank, batches = random.Random(args.seed), dist.get_rank(), []
+def main():
+    args = parse_args()
+    check_args(args)
+    tokenizer, _ = load_tokenizer(args.model, args.max_prompt_tokens + args.max_response_tokens)
+    examples = load_examples(args.data, tokenizer, args)
+    rng, batches = random.Random(args.seed), []
     for _ in range(args.epochs):
         order = rng.sample(examples, len(examples))
         batches += [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)]
+    device = start_process_group()
     begin_run(args)
+    say(f"{args.model} loads; on a GPU its layers compile in the first update, 1 to 2 min")
     model = load_model(args.model, device)
     if args.recompute_layers:
         model.train().gradient_checkpointing_enable(dict(use_reentrant=False))
@@ -322,164 +265,45 @@ def train(examples, llm, verifier, tokenizer, benchmarks, device, args):
     state = optimizer.tensors()
     done = load_checkpoint(args.run_dir, state)
     optimizer.write_weights()
-    say(f"{args.data}: {len(examples):,} examples, {len(batches)} updates, in {args.run_dir}")
-    for step in range(done + 1, len(batches) + 1):
-        times, lr = [("start", time.time())], learning_rate(step, len(batches), args)
-        metrics = update(ddp, optimizer, batches[step - 1], lr)
-        times.append(("update", time.time()))
-        if step % args.eval_every == 0 or step == len(batches):
-            optimizer.free_gradients()
-            sync_weights(llm, model)
-            evaluate(llm, verifier, benchmarks, step, args)
-            sleep(llm)
-            times.append(("eval", time.time()))
-        if rank == 0:
-            log(Path(args.run_dir), step, batches[step - 1], dict(metrics, lr=lr), times)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, remember_signal)
+    say(f"{len(examples):,} examples, {len(batches)} updates; results in {args.run_dir}")
+    for step, batch in enumerate(batches[done:], done + 1):
+        start, lr = time.time(), learning_rate(step, len(batches), args)
+        metrics = update(ddp, optimizer, batch, lr)
+        if dist.get_rank() == 0:
+            log(Path(args.run_dir), step, batch, dict(metrics, lr=lr), time.time() - start)
         asked = any(exchange([stop["asked"]]))  # a signal has reached some rank: all hear the same
         if asked or step % args.save_every == 0 or step == len(batches):
             save_checkpoint(model, tokenizer, step, state, args.run_dir)
         if asked and step < len(batches):
             say(f"stopped after step {step}: the same command with --resume goes on")
-            return None
-    last = Path(args.run_dir) / f"eval/step_{len(batches)}.json"
-    return json.loads(last.read_text())
+            break
+    del ddp  # freed after the group is gone, it can hang (gloo, torch 2.13)
+    dist.destroy_process_group()
 
-def table(rows):
-    """Table 2: {name: {benchmark: averages}} as a line a name; scores, then lengths and markers."""
-    benchmarks = list(next(iter(rows.values())))
-    lines = []
-    for title, key, form in (("score", "score", ".3f"), ("response tokens", "length", ",.0f"),
-                             ("epistemic tokens", "epistemic", ".1f")):
-        lines.append(f"{title:20s}" + "".join(f"{name[:11]:>12s}" for name in benchmarks))
-        for name, summary in rows.items():
-            cells = "".join(f"{summary[b][key]:>12{form}}" for b in benchmarks)
-            lines.append(f"  {name:18s}{cells}")
-    return "\n".join(lines)
+# --- logging (from here on nothing of the paper: what a long run needs) --------------------------
 
-def main():
-    args = parse_args()
-    check_args(args)
-    tokenizer, _ = load_tokenizer(args.model, args.max_prompt_tokens + args.max_response_tokens)
-    data = {path: load_examples(path, tokenizer, args) for path in args.data}
-    benchmarks = {Path(s).stem: with_prompts(s, tokenizer, args) for s in args.eval_data}
-    device = start_process_group()
-    begin_run(args)
-    llm = make_engine(args, device)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, remember_signal)
-    with Verifier() as verifier:
-        sync_weights(llm, load_model(args.model, device))
-        rows = dict(base=evaluate(llm, verifier, benchmarks, 0, args))
-        sleep(llm)
-        for path, examples in data.items():
-            run = copy.copy(args)
-            run.data, run.run_dir = path, str(Path(args.run_dir) / Path(path).stem)
-            row = train(examples, llm, verifier, tokenizer, benchmarks, device, run)
-            if row is None:
-                break
-            rows[f"SFT on {Path(path).stem}"] = row
-    if dist.get_rank() == 0 and len(rows) > len(data):
-        write_lines(Path(args.run_dir) / "summary.json", [dict(vars(args), rows=rows)])
-        print(f"\n{args.model}, {args.eval_rollouts} answers to a question\n\n{table(rows)}")
-    llm.llm_engine.engine_core.shutdown()  # left open, it prints tracebacks at exit
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-# --- evaluation and logging (from here on nothing of the paper: what a long run needs) ------------
-
-def record(r, **more):
-    """A rollout as a line of a file that epistemic.py and report.py read."""
-    return epistemic.record(r.text, r.reward, len(r.response_ids), r.finished, **more)
-
-def evaluate(llm, verifier, benchmarks, step, args):
-    """Averages on every benchmark, into eval/step_N.json, and every answer, into step_N.jsonl."""
-    rank, folder = dist.get_rank(), Path(args.run_dir) / "eval"
-    asked = [dict(q, benchmark=name, index=i)
-             for name, questions in benchmarks.items() for i, q in enumerate(questions)]
-    mine = asked[rank :: dist.get_world_size()]
-    # the authors' sampling for this; Table 11 adds top-k 20 after training
-    groups = generate(llm, mine, args.eval_rollouts, args.seed + rank, args.max_response_tokens,
-                      temperature=0.6, top_p=0.95)
-    rollouts = grade(verifier, groups, mine, after_think=True)
-    records = exchange([record(r, benchmark=mine[r.row]["benchmark"], index=mine[r.row]["index"],
-                               answer=mine[r.row]["answer"]) for r in rollouts])
-    summary = {name: epistemic.averages([r for r in records if r["benchmark"] == name])
-               for name in benchmarks}
-    for name, means in summary.items():
-        say(f"  eval {name:10s} {epistemic.line(means)}")
-    if rank == 0:
-        records.sort(key=lambda r: (r["benchmark"], r["index"]))
-        write_lines(folder / f"step_{step}.jsonl", records)
-        write_lines(folder / f"step_{step}.json", [summary])
-    return summary
-
-def log(run_dir, step, minibatch, metrics, times):
+def log(run_dir, step, batch, metrics, seconds):
     """A line of metrics.jsonl and one on the screen; length and epistemic are the examples'.
 
-    times: [(phase, when it ended)]. peak_memory_gb: the most that torch has taken so far.
+    peak_memory_gb: the most that torch has taken so far.
     """
-    seconds = {phase: end - start for (_, start), (phase, end) in itertools.pairwise(times)}
     memory = (torch.cuda.max_memory_reserved() if torch.cuda.is_available() else
               resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    data = epistemic.averages([record(r) for r in minibatch])
-    m = dict(step=step, length=data["length"], epistemic=data["epistemic"], **metrics,
-             seconds=seconds, tokens_per_second=metrics["trained_tokens"] / seconds["update"],
-             peak_memory_gb=memory / 1e9)
+    m = dict(step=step, length=metrics["trained_tokens"] / len(batch),
+             epistemic=sum(epistemic.count(e.text) for e in batch) / len(batch), **metrics,
+             seconds=dict(update=seconds), peak_memory_gb=memory / 1e9,
+             tokens_per_second=metrics["trained_tokens"] / seconds)
     with open(run_dir / "metrics.jsonl", "a") as f:
         f.write(json.dumps(m) + "\n")
     result = "  gradient not finite: update skipped" if m["skipped"] else ""
-    phases = "  ".join(f"{phase} {s:.1f} s" for phase, s in seconds.items())
-    say(f"step {step:3d}  loss {m['loss']:.3f}{result}  | {phases}")
-
-# --- vLLM ----------------------------------------------------------------------------------------
-
-DTYPE = dict(cpu=torch.float32, cuda=torch.bfloat16)  # of weights, gradients, vLLM
-
-def make_engine(args, device):
-    """vLLM in this very process, one engine a rank: its weights are handed over in memory.
-
-    So it reads none itself. On CPU it packs them, and handing over again would miss a head that is
-    tied to the embeddings (0.2 off in log-probability, silently): there it gets a head of its own.
-    """
-    cpu = device.type == "cpu"
-    say("vLLM starts" + ("" if cpu else ": it measures its memory and captures CUDA graphs, 2 min"))
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    logging.getLogger("vllm").setLevel(logging.ERROR)  # of what it says before it reads that
-    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else one, on CPU
-    from vllm import LLM
-    llm = LLM(args.model, dtype=DTYPE[device.type], seed=args.seed, enforce_eager=cpu,
-              max_model_len=args.max_prompt_tokens + args.max_response_tokens,
-              max_num_seqs=256,  # 1,024 by default: GPU memory for nothing
-              gpu_memory_utilization=args.gpu_memory_utilization,
-              kv_cache_memory_bytes=2 * 2**30 if cpu else None,
-              distributed_executor_backend="external_launcher",
-              logprobs_mode="processed_logprobs",  # of what is sampled from: after temperature
-              load_format="dummy", use_tqdm_on_load=False, enable_sleep_mode=not cpu,
-              hf_overrides=dict(tie_word_embeddings=False) if cpu else None)
-    # AdamW in CPU memory wants its share of the cores: on GPUs vLLM and torchrun leave it one
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
-    sleep(llm)
-    return llm
-
-def sleep(llm):
-    """vLLM's memory for the trainer: the KV cache freed, the weights dropped, not copied."""
-    if torch.cuda.is_available():
-        llm.sleep(level=2)
-
-def sync_weights(llm, model):
-    """Wakes vLLM with the trainer's weights, in place. Cached prefixes belong to the old ones."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # what the update's tensors left with torch's allocator
-        llm.wake_up(tags=["weights"])
-    weights = ((name, p.detach()) for name, p in model.named_parameters(remove_duplicate=False))
-    llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=weights))
-    if torch.cuda.is_available():
-        llm.wake_up(tags=["kv_cache"])
-    llm.reset_prefix_cache()
+    say(f"step {step:3d}  loss {m['loss']:.3f}{result}  | update {seconds:.1f} s | "
+        f"{m['tokens_per_second']:,.0f} tok/s")
 
 # --- memory --------------------------------------------------------------------------------------
+
+DTYPE = dict(cpu=torch.float32, cuda=torch.bfloat16)  # of weights, gradients, vLLM
 
 def load_model(name, device):
     """The model on its device. On a GPU its layers are compiled: 1.3 to 1.55 times as fast."""
@@ -726,6 +550,9 @@ def start_process_group():
     if torch.cuda.is_available():
         backend, device = "cpu:gloo,cuda:nccl", torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+        # AdamW in CPU memory wants its share of the cores, of which torchrun leaves it one
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
     # a rank may wait for another's rollouts of 20,000 tokens longer than the usual half hour
     dist.init_process_group(backend, timeout=timedelta(hours=6), **alone)
     return device
