@@ -311,7 +311,9 @@ ROUND = 32  # micro-batches whose gradients are added up before an all-reduce: s
 def backward(ddp, optimizer, micros):
     """Leaves the mini-batch's gradient, over all ranks, in the optimizer.
 
-    `micros` are this rank's micro-batches; returns the statistics of every rank's.
+    `micros` are this rank's micro-batches; returns the statistics of every rank's. Each token has
+    three log-probabilities: vLLM's, when it was sampled; `old`, the trainer's at the step's start,
+    under the same weights; and the trainer's now.
     """
     args, device, stats = ddp.module.args, ddp.module.device, []
     for i, micro_batch in enumerate(micros, 1):
@@ -380,7 +382,7 @@ def main():
                             lr=args.lr, weight_decay=0.01)  # Table 8
     ddp = DistributedDataParallel(Student(model, args, device), gradient_as_bucket_view=True)
     state = optimizer.tensors()
-    done = load_checkpoint(args.run_dir, state)
+    done = load_checkpoint(args.run_dir, state)  # steps that are done
     optimizer.write_weights()
     rank, share = dist.get_rank(), args.questions_per_step // dist.get_world_size()
     stream = question_stream(questions, args.seed)

@@ -380,7 +380,9 @@ ROUND = 32  # micro-batches whose gradients are added up before an all-reduce: s
 def backward(ddp, teacher, optimizer, micros):
     """Leaves the mini-batch's gradient, over all ranks, in the optimizer.
 
-    `micros` are this rank's micro-batches; returns the statistics of every rank's.
+    `micros` are this rank's micro-batches; returns the statistics of every rank's. Each token has
+    three log-probabilities: vLLM's, when it was sampled; `old`, the trainer's at the step's start,
+    under the same weights; and the trainer's now.
     """
     device, stats = ddp.module.device, []
     for i, micro_batch in enumerate(micros, 1):
@@ -449,7 +451,7 @@ def main():
     averaged = [t.detach().to("cpu", torch.float32, copy=True) for t in teacher.parameters()
                 if args.ema]
     state = {**optimizer.tensors(), **{f"teacher.{i}": mean for i, mean in enumerate(averaged)}}
-    done = load_checkpoint(args.run_dir, state)
+    done = load_checkpoint(args.run_dir, state)  # steps that are done
     optimizer.write_weights()
     rank, share = dist.get_rank(), args.questions_per_step // dist.get_world_size()
     stream = question_stream(questions, args.seed)
