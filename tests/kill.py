@@ -25,12 +25,12 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PHASES = {  # the function that is the phase, and its length on the toy, seconds (0: too short to hit)
-    "sampling": ("generate", 0.6),
+PHASES = {  # the function that is the phase, and its length on the toy, seconds (0: too short)
+    "saving": ("save_checkpoint", 0.1),
     "grading": ("grade", 0),
     "update": ("update", 0.3),
     "weight sync": ("sync_weights", 0.01),
-    "saving": ("save_checkpoint", 0.1),
+    "sampling": ("generate", 0.6),
 }
 
 
@@ -79,8 +79,8 @@ def start(script, ranks, note, argv, masters, plan=",0,0"):
     env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore",
                TORCH_CPP_LOG_LEVEL="ERROR", MASTERS="yes" if masters else "")
     log = open(note.with_suffix(".log"), "a")
-    return subprocess.Popen([*launch, __file__, "trainer", script, str(note), plan, *map(str, argv)],
-                            cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
+    command = [*launch, __file__, "trainer", script, str(note), plan, *map(str, argv)]
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
 
 
 def family(pid):
@@ -200,8 +200,9 @@ def main():
         hit, metrics, weights = compare(folder, args.script, ranks, args.kills, args.steps,
                                         args.masters)
         same &= metrics and weights
+        phases = ", ".join(f"{n} {p}" for p, n in hit.most_common())
         print(f"{args.script}, {ranks} rank(s), {args.steps} steps, {sum(hit.values())} kills in "
-              f"{time.time() - began:.0f} s: " + ", ".join(f"{n} {p}" for p, n in hit.most_common()))
+              f"{time.time() - began:.0f} s: {phases}")
         print(f"  metrics {'the same' if metrics else 'DIFFER'}, "
               f"weights {'the same' if weights else 'DIFFER'}", flush=True)
         if metrics and weights:

@@ -1,219 +1,322 @@
-"""The real scripts, with real vLLM, on the toy. Each run is its own process, as a user's would be."""
+"""The real scripts, with real vLLM, on the toy. Each run is processes of its own, as a user's is.
+
+vLLM takes 15 s to start, so that a run is shared: the first tests of it look at what it left, and
+later runs go on from there.
+"""
+import contextlib
 import json
 import os
 import random
+import resource
+import shutil
+import signal
 import subprocess
 import sys
-from pathlib import Path
+import time
+from argparse import Namespace
 
+import numpy as np
 import pytest
+import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-DATA = ROOT / "toy/data"
+import epistemic
+import evaluate
+import kill
+import sdpo
+from common import DATA, ROOT, few, lines, toy
+
+pytestmark = pytest.mark.vllm
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+ENV = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=f"{ROOT}:{ROOT}/tests")
 
 
-def run(*command, cwd=ROOT):
-    result = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True,
-                            env=dict(os.environ, PYTHONPATH=str(ROOT)), timeout=600)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    return result.stdout + result.stderr
+def start(script, ranks, *argv):
+    command = [*TORCHRUN, ranks] if ranks > 1 else [sys.executable]
+    return subprocess.Popen([str(c) for c in (*command, script, *argv)], cwd=ROOT, env=ENV,
+                            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def end(job, code=0):
+    """What the job says up to its end, which has to come with this exit code."""
+    try:
+        said, _ = job.communicate(timeout=600)
+    finally:
+        kill.kill_family(job.pid)
+    assert job.returncode == code, said[-4000:]
+    return said
+
+
+def wait_for(paths, job):
+    """Until all of the files are there, or the job has ended."""
+    while job.poll() is None and not all(path.exists() for path in paths):
+        time.sleep(0.05)
+
+
+def process_of(job, rank):
+    """The process id of one of torchrun's ranks."""
+    for pid in kill.family(job.pid):
+        with contextlib.suppress(OSError):
+            with open(f"/proc/{pid}/environ", "rb") as environ:
+                if f"\0RANK={rank}\0".encode() in environ.read():
+                    return pid
+
+
+def newest(run_dir):
+    return int(sdpo.resumable(run_dir)[0].name[5:])
+
+
+# -------------------------------------------------- SDPO: two ranks, untouched and killed, 3 steps
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory):
-    """A run of 3 SDPO steps on 2 ranks: its folder, and what it printed."""
-    folder = tmp_path_factory.mktemp("runs")
-    small = folder / "small.jsonl"
-    small.write_text("".join((DATA / "in.jsonl").read_text().splitlines(True)[:10]))
-    said = run(*TORCHRUN, 2, "sdpo.py", "--model", "toy/model", "--data", DATA / "train.jsonl",
-               "--eval_data", small, "--questions_per_step", 8, "--minibatch_questions", 4,
-               "--rollouts", 4, "--max_response_tokens", 400, "--lr", "1e-4", "--warmup_steps", 1,
-               "--steps", 3, "--eval_every", 2, "--save_every", 2, "--ema", "0.05",
-               "--tokens_per_micro_batch", 2000, "--run_dir", folder / "run")
-    return folder / "run", said
+def compared(tmp_path_factory):
+    """(folder with an untouched run and a killed one, what kill.py says of them)."""
+    folder = tmp_path_factory.mktemp("sdpo")
+    return folder, kill.compare(folder, "sdpo.py", ranks=2, kills=1, steps=3, seed=5)
+
+
+@pytest.fixture(scope="session")
+def trained(compared):
+    return compared[0] / "whole/run"
+
+
+def test_a_killed_run_ends_as_an_untouched_one(compared):
+    folder, (hit, metrics, weights) = compared
+    assert metrics and weights and sum(hit.values()) == 1
+    assert "goes on after step_1" in (folder / "killed/phase.log").read_text()
 
 
 def test_run_folder(trained):
-    folder, said = trained
-    config = json.loads((folder / "config.json").read_text())
+    (config,) = lines(trained / "config.json")
     assert config["script"] == "sdpo.py" and config["world_size"] == 2 and config["lr"] == 1e-4
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    metrics = lines(trained / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [1, 2, 3]
+    assert [m["lr"] for m in metrics] == [5e-5, 1e-4, 1e-4]  # two steps of warm-up
     for m in metrics:
         assert 0 < m["score"] <= 1 and m["length"] > 10 and m["epistemic"] > 1
-        assert m["loss"] > 0 and m["updates"] == 2 and m["grad_norm"] > 0
+        assert m["loss"] > 0 and 0 < m["trained"] <= 1 and m["trained_tokens"] > 0
+        assert m["updates"] >= 1 and m["skipped"] == 0 and m["grad_norm"] > 0
         assert m["mismatch"] < 1e-4 and 0 < m["mismatch_max"] < 1e-2
-        assert {"rollout", "update", "sync"} <= set(m["seconds"]) == set(m["peak_memory_gb"])
-        assert all(0.1 < gb < 50 for gb in m["peak_memory_gb"].values())
-    assert sorted(p.name for p in (folder / "eval").iterdir()) == [
-        f"step_{n}.{suffix}" for n in (0, 2, 3) for suffix in ("json", "jsonl")]
-    assert len((folder / "eval/step_3.jsonl").read_text().splitlines()) == 10
-    assert sorted(p.name for p in (folder / "rollouts").iterdir()) == [
-        "step_1.jsonl", "step_2.jsonl", "step_3.jsonl"]
-    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step_2", "step_3"]
-    assert "step   3  score" in said and "Traceback" not in said
+        assert list(m["seconds"]) == ["sync", *["eval"] * (m["step"] == 1), "rollout", "update"]
+        assert 0.1 < m["peak_memory_gb"] < 50 and m["tokens_per_second"] > 0
+    assert sorted(p.name for p in (trained / "eval").iterdir()) == [
+        f"step_{n}.{suffix}" for n in (0, 3) for suffix in ("json", "jsonl")]
+    answers, (summary,) = lines(trained / "eval/step_3.jsonl"), lines(trained / "eval/step_3.json")
+    assert [a["index"] for a in answers] == [0, 1, 2, 3] and summary["few"] == epistemic.averages(
+        answers)
+    for step in (1, 2, 3):  # a group of four a question, of both ranks
+        rows = [r["row"] for r in lines(trained / f"rollouts/step_{step}.jsonl")]
+        assert rows == sorted([*range(4)] * 4)
 
 
-ENGINE = """
-import sys, torch, json
-from argparse import Namespace
-import numpy as np
-from transformers import AutoModelForCausalLM, AutoTokenizer
-import sdpo
-args = Namespace(model=sys.argv[1], seed=0, max_prompt_tokens=512, max_response_tokens=200,
-                 temperature=0.7, tokens_per_micro_batch=4000, top_k=5, alpha=0.5)
-device = sdpo.start_process_group()
-llm = sdpo.make_engine(args, device, 0.5)
-tokenizer = AutoTokenizer.from_pretrained(args.model)
-questions = sdpo.with_prompts(sys.argv[2], tokenizer, Namespace(**vars(args), enable_thinking=True))
-model = AutoModelForCausalLM.from_pretrained(sys.argv[3], dtype=torch.float32)
-student = sdpo.Student(model, args, device)
+def test_what_it_prints(trained):
+    said = (trained.parent / "phase.log").read_text()
+    assert said.count("step   3  score") == 1  # from the first rank alone
+    assert said.count("eval few") == 2 and "error" not in said and "Traceback" not in said
 
-def gaps():
-    groups = sdpo.generate(llm, questions, 2, 0, 200, temperature=args.temperature)
-    rollouts = [r for group in groups for r in group]
-    ours = sdpo.trainer_logprobs(student, rollouts)
-    gaps = [np.abs(ours[id(r)].numpy() - r.logprobs) for r in rollouts]
-    again = sdpo.generate(llm, questions, 2, 0, 200, temperature=args.temperature)
-    same = all(a.response_ids == b.response_ids for a, b in
-               zip(rollouts, [r for group in again for r in group]))
-    return gaps, dict(max=float(max(g.max() for g in gaps)), repeats=same)
 
-stale, stale_stats = gaps()
-try:
-    sdpo.check_engine([dict(gap=float(sum(g.sum() for g in stale)),
-                            tokens=sum(map(len, stale)))], device)
-    noticed = False
-except SystemExit:
-    noticed = True
-sdpo.sync_weights(llm, model)
-fresh, fresh_stats = gaps()
-print("RESULT", json.dumps(dict(stale=stale_stats, fresh=fresh_stats, noticed=noticed)))
-llm.llm_engine.engine_core.shutdown()
-"""
+def test_checkpoints(trained):
+    """An ordinary folder each; all weights have moved; the state of the two newest is there."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    folders = sorted((trained / "checkpoints").iterdir())
+    assert [p.name for p in folders] == ["step_1", "step_2", "step_3"]
+    assert [(p / "trainer_state").exists() for p in folders] == [False, True, True]
+    before = toy()
+    for folder in folders:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert model.dtype == torch.float32
+        assert not any(map(torch.equal, model.parameters(), before.parameters()))
+        assert AutoTokenizer.from_pretrained(folder).chat_template
+        before = model
+
+
+# ------------------------------------------------------- evaluation, of two of SDPO's checkpoints
 
 
 @pytest.fixture(scope="session")
-def engine(tmp_path_factory, trained):
-    """An engine loaded with the trained checkpoint, then given the base weights."""
-    folder = tmp_path_factory.mktemp("engine")
-    (folder / "job.py").write_text(ENGINE)
-    small = folder / "small.jsonl"
-    small.write_text("".join((DATA / "in.jsonl").read_text().splitlines(True)[:16]))
-    # far from the base, so that being stale shows: a trained checkpoint with noise on top
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    import torch
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(trained[0] / "checkpoints/step_3")
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.02)
-    model.save_pretrained(folder / "model")
-    AutoTokenizer.from_pretrained(ROOT / "toy/model").save_pretrained(folder / "model")
-    said = run(sys.executable, folder / "job.py", folder / "model", small, ROOT / "toy/model")
-    return json.loads(said.split("RESULT", 1)[1].splitlines()[0])
+def evaluated(trained, tmp_path_factory):
+    """(out, what it printed): two models, two benchmarks; one of the four was there before."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    out, sets = folder / "out", [few(DATA / f"{name}.jsonl", 6, folder) for name in ("in", "ood")]
+    argv = ["--model", *(trained / f"checkpoints/step_{n}" for n in (3, 1)), "--samples", 2,
+            "--data", *sets, "--max_response_tokens", 150, "--out", out]
+    args = evaluate.parse_args([str(a) for a in argv])
+    args.temperature, args.top_p, args.top_k = evaluate.SAMPLING["Qwen3 thinking"]
+    (out / "step_1").mkdir(parents=True)
+    evaluate.write_lines(out / "config.json", [vars(args)])
+    evaluate.write_lines(out / "step_1/few_in.jsonl", [
+        epistemic.record("hmm", 1.0, 7, True, benchmark="few_in", index=i, question="?", answer="1")
+        for i in range(6) for _ in range(2)])
+    return out, end(start("evaluate.py", 2, *argv))
 
 
-def test_after_a_sync_vllm_agrees_with_the_trainer(engine):
-    assert engine["fresh"]["max"] < 1e-4
+def test_evaluation_of_checkpoints(evaluated):
+    out, said = evaluated
+    (summary,) = lines(out / "summary.json")
+    assert list(summary["models"]) == ["step_1", "step_3"]  # in their order
+    for name, rows in summary["models"].items():
+        assert list(rows) == ["few_in", "few_ood"]
+        for benchmark, row in rows.items():
+            records = lines(out / name / f"{benchmark}.jsonl")
+            assert [r["index"] for r in records] == [i for i in range(6) for _ in range(2)]
+            assert row == json.loads(json.dumps(evaluate.summarise(records, 2)))
+            assert f"{row['score']:.3f}" in said
+    kept = lines(out / "step_1/few_in.jsonl")
+    assert {r["response"] for r in kept} == {"hmm"}  # nothing is asked twice
+    # other weights, the same seed: the engine has the second model's
+    assert lines(out / "step_1/few_ood.jsonl") != lines(out / "step_3/few_ood.jsonl")
+    assert "Traceback" not in said
+    table = subprocess.run([sys.executable, "epistemic.py", out / "step_3/few_ood.jsonl"], cwd=ROOT,
+                           check=True, capture_output=True, text=True).stdout
+    assert f"{summary['models']['step_3']['few_ood']['epistemic']:.2f}" in table
 
 
-def test_a_stale_engine_is_stopped(engine):
-    assert engine["stale"]["max"] > 1e-2 and engine["noticed"]
-
-
-def test_rollouts_repeat_bit_for_bit_under_one_seed(engine):
-    assert engine["fresh"]["repeats"] and engine["stale"]["repeats"]
-
-
-def test_checkpoint_loads_in_transformers_and_vllm(trained, tmp_path):
-    from transformers import AutoModelForCausalLM
-    import torch
-
-    checkpoint = trained[0] / "checkpoints/step_3"
-    model, base = (AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32)
-                   for p in (checkpoint, ROOT / "toy/model"))
-    moved = [not torch.equal(a, b) for a, b in zip(model.parameters(), base.parameters())]
-    assert all(moved)
-    said = run(*TORCHRUN, 2, "evaluate.py", "--model", checkpoint, "--data", DATA / "ood.jsonl",
-               "--samples", 2, "--max_response_tokens", 64, "--out", tmp_path / "out")
-    summary = json.loads((tmp_path / "out/summary.json").read_text())["benchmarks"]["ood"]
-    records = (tmp_path / "out/ood.jsonl").read_text().splitlines()
-    assert summary["questions"] == 200 and len(records) == 400
-    assert [json.loads(r)["index"] for r in records] == [i for i in range(200) for _ in range(2)]
-    assert "score" in said and "Traceback" not in said
-    table = run(sys.executable, "epistemic.py", tmp_path / "out/ood.jsonl")
-    assert f"{summary['epistemic']:.2f}" in table
+# ----------------------- GRPO: a full disk on one rank, SIGTERM on two, and its end on two machines
 
 
 @pytest.fixture(scope="session")
 def rewarded(tmp_path_factory):
-    """A run of 2 GRPO steps on 2 ranks, on |D| = 4 of the hardest questions."""
-    folder = tmp_path_factory.mktemp("grpo") / "run"
-    said = run(*TORCHRUN, 2, "grpo.py", "--model", "toy/model", "--data", DATA / "ood.jsonl",
-               "--num_questions", 4, "--eval_data", few(DATA / "ood.jsonl", 10, folder.parent),
-               "--questions_per_step", 8, "--minibatch_questions", 4, "--rollouts", 8,
-               "--max_response_tokens", 400, "--lr", "1e-4", "--warmup_steps", 1, "--steps", 2,
-               "--save_every", 2, "--tokens_per_micro_batch", 2000, "--run_dir", folder)
-    return folder, said
+    """(run's folder, what it printed before the full disk, what before the signal)."""
+    folder = tmp_path_factory.mktemp("grpo")
+    run = folder / "run"
+    job = start("grpo.py", 1, "--model", "toy/model", "--data", DATA / "ood.jsonl",
+                "--num_questions", 2, "--eval_data", few(DATA / "ood.jsonl", 4, folder),
+                "--questions_per_step", 4, "--minibatch_questions", 2, "--rollouts", 8,
+                "--max_response_tokens", 300, "--lr", "1e-4", "--warmup_steps", 1, "--steps", 50,
+                "--save_every", 1, "--tokens_per_micro_batch", 2000, "--run_dir", run)
+    wait_for([run / "checkpoints/step_1"], job)
+    for pid in kill.family(job.pid):  # no file grows any more: the next checkpoint does not fit
+        with contextlib.suppress(ProcessLookupError):
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+    full = end(job, code=1)
+    step = newest(run)
+    job = start("grpo.py", 2, "--model", "toy/model", "--run_dir", run, "--resume",
+                "--save_every", 100)
+    wait_for([run / f"rollouts/step_{step + 1}.jsonl"], job)
+    time.sleep(0.5)
+    os.kill(process_of(job, 1), signal.SIGTERM)  # all ranks hear of it
+    return run, full, end(job)
 
 
-def few(path, n, folder):
-    """The first n questions of a file, as a file."""
-    small = folder / f"few_{path.stem}.jsonl"
-    small.write_text("".join(path.read_text().splitlines(True)[:n]))
-    return small
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_is_whole(rewarded):
+    _, full, stopped = rewarded
+    (line,) = [line for line in full.splitlines() if line.startswith("error: ")]
+    assert "File too large" in line and "--resume goes on" in line and "Traceback" not in full
+    assert "run: goes on after step_" in stopped
 
 
-def test_grpo_on_two_ranks(rewarded):
-    folder, said = rewarded
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [m["step"] for m in metrics] == [1, 2]
+def test_a_signal_breaks_off_the_sampling_and_saves_the_last_whole_step(rewarded):
+    run, _, stopped = rewarded
+    metrics = lines(run / "metrics.jsonl")
+    done = metrics[-1]["step"]
+    assert [m["step"] for m in metrics] == list(range(1, done + 1)) and done < 50
+    assert f"stopped after step {done}: the same command with --resume goes on" in stopped
+    assert newest(run) == done and "Traceback" not in stopped
+    assert "--save_every 100: the run began with 1" in stopped  # the others are the run's own
+    assert (run / f"checkpoints/step_{done}/model.safetensors").exists()
+
+
+def test_grpo(rewarded):
+    run, *_ = rewarded
+    metrics = lines(run / "metrics.jsonl")
+    assert any(m["trained"] for m in metrics)
     for m in metrics:
-        assert 0 < m["trained"] < 1 and m["updates"] >= 1 and m["grad_norm"] > 0
-        assert m["mismatch"] < 1e-4 and m["mismatch_max"] < 1e-2
-    chosen = [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]
-    everything = [json.loads(line) for line in (DATA / "ood.jsonl").read_text().splitlines()]
-    assert len(chosen) == 4 and all(q["prompt"] in [e["prompt"] for e in everything] for q in chosen)
-    assert (folder / "checkpoints/step_2/model.safetensors").exists() and "Traceback" not in said
-    rows = [json.loads(line) for line in (folder / "rollouts/step_1.jsonl").read_text().splitlines()]
-    assert {r["row"] for r in rows} == set(range(8))  # 4 questions fill a batch of 8
+        assert m["mismatch"] < 1e-4 and m["mismatch_max"] < 1e-2 and m["skipped"] == 0
+        assert (m["updates"] > 0) == (m["trained"] > 0) == (m["grad_norm"] > 0)
+        rows = [r["row"] for r in lines(run / f"rollouts/step_{m['step']}.jsonl")]
+        assert rows == sorted([*range(4)] * 8)  # two questions fill a batch of four
 
 
-def conditions(folder):
-    """generate_conditions.py on 2 ranks, two rounds of 12 hard questions."""
-    return run(*TORCHRUN, 2, "generate_conditions.py", "--model", "toy/model",
-               "--data", few(DATA / "ood.jsonl", 24, folder), "--samples", 4,
-               "--accuracy", 0.25, 0.75, "--num_questions", 3, "--sft_examples", 1000,
-               "--questions_per_round", 12, "--max_response_tokens", 400, "--out", folder / "out")
+NODES = ("selfdistill-a", "selfdistill-b")
+
+
+@pytest.fixture
+def nodes():
+    """Names of two network namespaces joined by a cable, which stand for two machines.
+
+    They are 10.77.0.1 and 10.77.0.2; nothing else can be reached from either.
+    """
+    def ip(*words):
+        return subprocess.run(["ip", *words], check=True, capture_output=True)
+    try:
+        for name in NODES:
+            ip("netns", "add", name)
+        ip("link", "add", "eth0", "netns", NODES[0], "type", "veth", "peer", "name", "eth0",
+           "netns", NODES[1])
+        for i, name in enumerate(NODES, 1):
+            ip("-n", name, "addr", "add", f"10.77.0.{i}/24", "dev", "eth0")
+            ip("-n", name, "link", "set", "eth0", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", b"").decode().strip() or error
+        pytest.skip(f"no network namespaces here ({said})")
+    else:
+        yield NODES
+    finally:
+        for name in NODES:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def test_two_machines_go_on_to_the_end(tmp_path, rewarded, nodes):
+    run = tmp_path / "run"
+    shutil.copytree(rewarded[0], run)
+    done = newest(run)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node",
+               "1", "--master_addr", "10.77.0.1", "--master_port", "29400", "--node_rank"]
+    script = ["grpo.py", "--model", "toy/model", "--run_dir", run, "--resume", "--steps", done + 1]
+    jobs = [subprocess.Popen(
+        ["ip", "netns", "exec", name, *command, str(i), *map(str, script)], cwd=ROOT, text=True,
+        env=dict(ENV, GLOO_SOCKET_IFNAME="eth0"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for i, name in enumerate(nodes)]
+    first, _ = (end(job) for job in jobs)
+    assert f"goes on after step_{done}" in first and "step" in first
+    assert [m["step"] for m in lines(run / "metrics.jsonl")] == list(range(1, done + 2))
+    assert lines(run / "metrics.jsonl")[-1]["mismatch"] < 1e-4
+    rows = [r["row"] for r in lines(run / f"rollouts/step_{done + 1}.jsonl")]
+    assert rows == sorted([*range(4)] * 8)  # of both machines
+    assert newest(run) == done + 1 and (run / f"eval/step_{done + 1}.json").exists()
+
+
+# --------------------------- the five contexts on two ranks, killed once; then SFT on their answers
 
 
 @pytest.fixture(scope="session")
 def studied(tmp_path_factory):
+    """(out, its first round's file as it was when all were killed, what the second start said)."""
     folder = tmp_path_factory.mktemp("conditions")
-    return folder, conditions(folder)
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def test_conditions_on_two_ranks(studied):
-    folder, said = studied
     out = folder / "out"
+    argv = ["--model", "toy/model", "--data", few(DATA / "ood.jsonl", 24, folder), "--samples", 4,
+            "--accuracy", 0.25, 0.75, "--num_questions", 3, "--sft_examples", 1000,
+            "--questions_per_round", 12, "--max_response_tokens", 400, "--out", out]
+    job = start("generate_conditions.py", 2, *argv)
+    first = out / "rounds/round_0000.jsonl"
+    wait_for([first], job)
+    kill.kill_family(job.pid)
+    job.communicate()
+    before = first.stat().st_mtime_ns
+    return out, before, end(start("generate_conditions.py", 2, *argv))
+
+
+def test_conditions_go_on_after_the_round_that_was_finished(studied):
+    out, before, said = studied
+    assert (out / "rounds/round_0000.jsonl").stat().st_mtime_ns == before
+    assert "round 0:" not in said and "round 1:" in said
+
+
+def test_conditions(studied):
+    out, _, said = studied
     assert "(4) regenerated" in said and "ran out after 24 questions" in said
     assert "Traceback" not in said
-    summary = lines(out / "summary.json")[0]
+    (summary,) = lines(out / "summary.json")
     assert summary["questions"] >= 1 and summary["asked"] == 24
-    asked = {}
+    asked = set()
     for context in ("unguided", "full", "without_think", "regenerated", "uncertain"):
         rows = lines(out / f"{context}.jsonl")
         assert len(rows) == 4 * summary["questions"]
-        asked[context] = [r["index"] for r in rows]
+        asked.add(tuple(r["index"] for r in rows))
         assert summary["contexts"][context]["epistemic"] == pytest.approx(
             sum(r["epistemic"] for r in rows) / len(rows))
-    assert len({str(indices) for indices in asked.values()}) == 1  # the same questions in all
+    assert len(asked) == 1  # the same questions in all
     full, unguided = (summary["contexts"][c] for c in ("full", "unguided"))
     assert full["epistemic"] < unguided["epistemic"] and full["length"] < unguided["length"]
     d_ug, d_sg = lines(out / "d_ug.jsonl"), lines(out / "d_sg.jsonl")
@@ -223,113 +326,163 @@ def test_conditions_on_two_ranks(studied):
                for r in d_ug + d_sg)
 
 
-def test_conditions_resume_without_asking_again(studied):
-    folder, said = studied
-    out = folder / "out"
-    rounds = {p: p.read_bytes() for p in (out / "rounds").iterdir()}
-    summary = (out / "summary.json").read_text()
-    again = conditions(folder)
-    assert "round" not in again.split("answers in each context")[0]  # no question asked
-    assert again.split("Table")[-1] and (out / "summary.json").read_text() == summary
-    assert all(p.read_bytes() == before for p, before in rounds.items())
-    # killed in the second round: the first is kept, and the second comes out as it did
-    last = max(rounds)
-    last.unlink()
-    conditions(folder)
-    assert all(p.read_bytes() == before for p, before in rounds.items())
+@pytest.fixture(scope="session")
+def distilled(studied, tmp_path_factory):
+    """(run's folder, what two ranks said up to a signal, what one said that went on)."""
+    folder = tmp_path_factory.mktemp("sft")
+    argv = ["--model", "toy/model", "--data", *(studied[0] / f"d_{x}g.jsonl" for x in "us"),
+            "--run_dir", folder / "run"]
+    job = start("sft_distill.py", 2, *argv, "--eval_data", few(DATA / "ood.jsonl", 10, folder),
+                "--eval_rollouts", 1, "--max_response_tokens", 400, "--batch_size", 8,
+                "--epochs", 2, "--lr", "1e-4", "--tokens_per_micro_batch", 2000)
+    wait_for([folder / "run/d_ug/metrics.jsonl"], job)
+    os.kill(process_of(job, 1), signal.SIGTERM)
+    stopped = end(job)
+    return folder / "run", stopped, end(start("sft_distill.py", 1, *argv, "--resume"))
 
 
-def test_sft_on_two_ranks(studied, tmp_path):
-    out = studied[0] / "out"
-    said = run(*TORCHRUN, 2, "sft_distill.py", "--model", "toy/model", "--data", out / "d_ug.jsonl",
-               out / "d_sg.jsonl", "--eval_data", few(DATA / "ood.jsonl", 10, tmp_path),
-               "--eval_rollouts", 1, "--max_response_tokens", 400, "--batch_size", 8, "--epochs", 1,
-               "--lr", "1e-4", "--tokens_per_micro_batch", 2000, "--run_dir", tmp_path / "run")
-    assert "SFT on d_sg" in said and "Traceback" not in said
-    rows = lines(tmp_path / "run/summary.json")[0]["rows"]
-    assert list(rows) == ["base", "SFT on d_ug", "SFT on d_sg"]
+def test_sft_on_two_ranks_ends_at_a_signal_and_one_goes_on(distilled):
+    _, stopped, said = distilled
+    (line,) = [line for line in stopped.splitlines() if line.startswith("stopped after step ")]
+    step = int(line.removeprefix("stopped after step ").split(":")[0])
+    assert "Traceback" not in stopped + said and "SFT on" not in stopped
+    assert f"d_ug: goes on after step_{step}" in said and f"step {step:3d}  loss" not in said
+
+
+def test_sft(distilled):
+    run, _, said = distilled
+    (summary,) = lines(run / "summary.json")
+    rows = summary["rows"]
+    assert list(rows) == ["base", "SFT on d_ug", "SFT on d_sg"] and "SFT on d_sg" in said
     for name in ("d_ug", "d_sg"):
-        metrics = lines(tmp_path / f"run/{name}/metrics.jsonl")
+        metrics = lines(run / f"{name}/metrics.jsonl")
         assert [m["step"] for m in metrics] == list(range(1, len(metrics) + 1))
         assert all(m["loss"] > 0 and m["grad_norm"] > 0 for m in metrics)
         step = metrics[-1]["step"]
-        assert lines(tmp_path / f"run/{name}/eval/step_{step}.json")[0] == {
-            "few_ood": rows[f"SFT on {name}"]["few_ood"]}
-        assert (tmp_path / f"run/{name}/checkpoints/step_{step}/model.safetensors").exists()
+        assert lines(run / f"{name}/eval/step_{step}.json") == [rows[f"SFT on {name}"]]
+        assert (run / f"{name}/checkpoints/step_{step}/model.safetensors").exists()
 
 
-TIED = """
-import sys, torch, json
-from argparse import Namespace
-import numpy as np
-from transformers import AutoModelForCausalLM, AutoTokenizer
-import grpo
-args = Namespace(model=sys.argv[1], seed=0, max_prompt_tokens=512, max_response_tokens=60,
-                 temperature=1.0, tokens_per_micro_batch=4000, enable_thinking=True)
-device = grpo.start_process_group()
-llm = grpo.make_engine(args, device, 0.5)
-questions = grpo.with_prompts(sys.argv[2], AutoTokenizer.from_pretrained(args.model), args)
-model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-assert model.lm_head.weight is model.model.embed_tokens.weight
-student, worst = grpo.Student(model, args, device), []
-for _ in range(2):
-    grpo.sync_weights(llm, model)
-    rollouts = [r for group in grpo.generate(llm, questions, 2, 0, 60, temperature=1.0) for r in group]
-    ours = grpo.trainer_logprobs(student, rollouts)
-    worst.append(max(float(np.abs(ours[id(r)].numpy() - r.logprobs).max()) for r in rollouts))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.05)
-print("RESULT", json.dumps(worst))
-llm.llm_engine.engine_core.shutdown()
-"""
-
-
-def test_tied_embeddings_sync(tmp_path):
-    """Qwen3-1.7B ties its head to the embeddings: vLLM has to follow, on CPU too."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    import torch
-
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(ROOT / "toy/model", dtype=torch.float32)
-    model.config.tie_word_embeddings = True
-    tied = AutoModelForCausalLM.from_config(model.config)
-    tied.save_pretrained(tmp_path / "model")
-    AutoTokenizer.from_pretrained(ROOT / "toy/model").save_pretrained(tmp_path / "model")
-    (tmp_path / "job.py").write_text(TIED)
-    said = run(sys.executable, tmp_path / "job.py", tmp_path / "model",
-               few(DATA / "in.jsonl", 8, tmp_path))
-    before, after = json.loads(said.split("RESULT", 1)[1].splitlines()[0])
-    assert before < 1e-4 and after < 1e-4
-
-
-def test_report(trained, rewarded, studied, tmp_path):
+def test_report(trained, studied, distilled, tmp_path):
     """Tables and picture from the files of runs; two folders give means and deviations."""
     for seed in ("seed_0", "seed_1"):
         (tmp_path / seed).mkdir()
-        (tmp_path / seed / "sdpo").symlink_to(trained[0])
-        (tmp_path / seed / "conditions").symlink_to(studied[0] / "out")
-    said = run(sys.executable, "report.py", tmp_path / "seed_0")
-    summary = lines(studied[0] / "out/summary.json")[0]["contexts"]
-    evaluated = lines(trained[0] / "eval/step_3.json")[0]["small"]
-    assert f"{summary['regenerated']['length']:,.0f}" in said and "one seed" in said
-    assert f"{evaluated['score']:.3f}" in said and f"{evaluated['epistemic']:.1f}" in said
+        for name, run in dict(sdpo=trained, conditions=studied[0], sft=distilled[0]).items():
+            (tmp_path / seed / name).symlink_to(run)
+
+    def report(*folders):
+        return subprocess.run([sys.executable, "report.py", *folders], cwd=ROOT, check=True,
+                              capture_output=True, text=True).stdout
+    said = report(tmp_path / "seed_0")
+    contexts = lines(studied[0] / "summary.json")[0]["contexts"]
+    after = lines(trained / "eval/step_3.json")[0]["few"]
+    fine_tuned = lines(distilled[0] / "summary.json")[0]["rows"]["SFT on d_sg"]["few_ood"]
+    assert f"{contexts['regenerated']['length']:,.0f}" in said and "one seed" in said
+    assert f"{after['score']:.3f}" in said and f"{after['epistemic']:.1f}" in said
+    assert f"{fine_tuned['length']:,.0f}" in said
     assert (tmp_path / "seed_0/report.png").read_bytes()[:4] == b"\x89PNG"
-    said = run(sys.executable, "report.py", tmp_path / "seed_0", tmp_path / "seed_1")
-    assert f"{evaluated['score']:.3f} ± 0.000" in said and "2 seeds" in said
+    said = report(tmp_path / "seed_0", tmp_path / "seed_1")
+    assert f"{after['score']:.3f} ± 0.000" in said and "2 seeds" in said
 
 
-def test_evaluation_goes_on(tmp_path):
-    """Killed behind its first benchmark, it does the second, to the same bytes, and keeps the first."""
-    sets = [few(DATA / f"{name}.jsonl", 6, tmp_path) for name in ("in", "ood")]
-    command = [sys.executable, "evaluate.py", "--model", "toy/model", "--samples", 2, "--data", *sets,
-               "--max_response_tokens", 100, "--out", tmp_path / "out"]
-    run(*command)
-    files = {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
-    first, second = tmp_path / "out/few_in.jsonl", tmp_path / "out/few_ood.jsonl"
-    (tmp_path / "out/summary.json").unlink()
-    second.unlink()
-    stamp = first.stat().st_mtime_ns
-    run(*command)
-    assert {p: p.read_bytes() for p in (tmp_path / "out").iterdir()} == files
-    assert first.stat().st_mtime_ns == stamp
+# ------------------------------------ one engine: weights handed over, seeds, embeddings tied or not
+
+
+def drawn_from():
+    """The state of the three global generators."""
+    return [str(random.getstate()), str(np.random.get_state()), torch.get_rng_state().tolist()]
+
+
+def ask_engine(folder, data):
+    """A process that hands a model with tied embeddings to vLLM, and asks both; prints the results."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    args = Namespace(model=folder, seed=0, max_prompt_tokens=512, max_response_tokens=60,
+                     temperature=0.7, top_k=5, alpha=0.5, rollouts=2, demonstration="full",
+                     enable_thinking=True, gpu_memory_utilization=0.5)
+    device = sdpo.start_process_group()
+    llm = sdpo.make_engine(args, device)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    questions = sdpo.with_prompts(data, tokenizer, args)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    student = sdpo.Student(model, args, device)
+
+    def gap():
+        """The largest difference between vLLM's and our log-probabilities; is it stopped?"""
+        groups = sdpo.generate(llm, questions, 2, 0, 60, temperature=args.temperature)
+        rollouts = [r for group in groups for r in group]
+        sdpo.remember_logprobs(student, [[r] for r in rollouts])
+        gaps = np.concatenate([np.abs(r.old_logprobs.numpy() - r.logprobs) for r in rollouts])
+        try:
+            sdpo.check_engine([dict(gap=gaps.sum(), tokens=len(gaps))], device)
+            return float(gaps.max()), False
+        except SystemExit:
+            return float(gaps.max()), True
+    sdpo.sync_weights(llm, model)
+    results = dict(fresh=gap())
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+    results["stale"] = gap()
+    sdpo.sync_weights(llm, model)
+    results["synced"] = gap()
+
+    asked, generate = [], llm.generate
+
+    def watched(*args, **how):
+        asked.append(drawn_from())
+        return generate(*args, **how)
+    llm.generate = watched
+    results["rollouts"] = []
+    with sdpo.Verifier() as verifier:
+        for seed, step, first_row in [(0, 1, 0), (0, 1, 0), (1, 1, 0), (0, 2, 0), (0, 1, 8)]:
+            args.seed = seed
+            batch = sdpo.sample_groups(llm, verifier, tokenizer, questions, first_row, step, args)
+            results["rollouts"].append([[r.response_ids, r.logprobs.tolist()] for r in batch])
+    results["states"] = asked
+    print("RESULT", json.dumps(results))
+    llm.llm_engine.engine_core.shutdown()
+
+
+@pytest.fixture(scope="session")
+def engine(tmp_path_factory):
+    """What ask_engine prints, for a random model of the toy's shape that ties its embeddings."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    folder = tmp_path_factory.mktemp("engine")
+    torch.manual_seed(0)
+    config = toy().config
+    config.tie_word_embeddings = True
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(ROOT / "toy/model").save_pretrained(folder)
+    data = few(DATA / "in.jsonl", 8, folder)
+    call = f"import test_end_to_end; test_end_to_end.ask_engine({str(folder)!r}, {str(data)!r})"
+    said = end(subprocess.Popen([sys.executable, "-c", call], cwd=ROOT, env=ENV, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    return json.loads(said.split("RESULT", 1)[1].splitlines()[0])
+
+
+def test_after_a_sync_vllm_agrees_with_the_trainer(engine):
+    """Tied embeddings as well, as Qwen3-1.7B has them: on CPU vLLM would keep the old head."""
+    for name in ("fresh", "synced"):
+        gap, stopped = engine[name]
+        assert gap < 1e-4 and not stopped, name
+
+
+def test_a_stale_engine_is_stopped(engine):
+    gap, stopped = engine["stale"]
+    assert gap > 1e-2 and stopped
+
+
+def test_rollouts_repeat_bit_for_bit_and_differ_by_seed_step_and_rank(engine):
+    first, again, *others = engine["rollouts"]
+    assert first == again
+    assert all(other != first for other in others)
+    assert len(set(map(str, others))) == 3
+
+
+def test_all_three_global_generators_are_seeded(engine):
+    """vLLM draws from torch's, or, by its newer model runner, from NumPy's."""
+    first, again, *others = engine["states"]
+    assert first == again
+    for i in range(3):
+        assert len({str(states[i]) for states in (first, *others)}) == 4
