@@ -12,6 +12,7 @@ died.
 import argparse
 import collections
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -32,6 +33,11 @@ PHASES = {  # the function that is the phase, and its length on the toy, seconds
     "weight sync": ("sync_weights", 0.01),
     "sampling": ("generate", 0.6),
 }
+
+
+def phases(script):
+    """Those that the script has: sft_distill.py samples nothing."""
+    return ["update", "saving"] if script == "sft_distill.py" else list(PHASES)
 
 
 def trainer():
@@ -64,11 +70,12 @@ def trainer():
             finally:
                 Path(note).write_text("between")
         return call
-    for phase, (name, _) in PHASES.items() if speaks else ():
+    for phase in phases(script) if speaks else ():
+        name = PHASES[phase][0]
         setattr(module, name, noted(phase, getattr(module, name)))
     if os.environ.get("MASTERS"):  # the weights of a GPU, on CPU, and a round a micro-batch
         module.DTYPE, module.ROUND = dict(cpu=module.torch.bfloat16), 1
-        module.check_engine = lambda *_: None  # its limit on CPU is float32's
+        module.check_engine = lambda *_: None  # its limit on CPU is that of float32
     sys.argv = [script, *argv]
     module.main()
 
@@ -112,11 +119,6 @@ def kill(members):
             pass
 
 
-def results(folder, script):
-    """Where the script has put the results of a run of `arguments`."""
-    return folder / ("run/d" if script == "sft_distill.py" else "run")
-
-
 def outcome(run_dir, steps):
     """(metrics without times and memory, SHA-256 of the last weights)."""
     kept = [{k: v for k, v in json.loads(line).items()
@@ -129,14 +131,14 @@ def outcome(run_dir, steps):
 def killed_run(folder, script, ranks, kills, steps, argv, masters, rng):
     """Runs to the end through `kills` kills; returns how often which phase was hit."""
     hit, note = collections.Counter(), folder / "phase"
-    wanted = [list(PHASES)[i % len(PHASES)] for i in range(kills)]
+    wanted = list(itertools.islice(itertools.cycle(phases(script)), kills))
     rng.shuffle(wanted)
     while True:
         note.write_text("start-up")
         plan = ",0,0"
         if wanted:  # mostly the first time that the phase comes, or the steps would not last
-            saved = max([int(p.name[5:]) for p in folder.glob("run/**/step_*")
-                         if p.is_dir() and p.suffix != ".part"], default=0)
+            saved = max([int(p.name[5:]) for p in folder.glob("run/checkpoints/step_*")
+                         if p.suffix != ".part"], default=0)
             number = min(rng.choice([1, 1, 2]), steps - saved)
             plan = f"{wanted[-1]},{number},{rng.random() * PHASES[wanted[-1]][1]}"
         job = start(script, ranks, note, [*argv, "--resume"], masters, plan)
@@ -150,19 +152,19 @@ def killed_run(folder, script, ranks, kills, steps, argv, masters, rng):
 
 def arguments(script, steps, folder):
     """Its flags for a run of so many short steps, each of them saved."""
-    few = folder / "few.jsonl"
-    few.write_text("".join((ROOT / "toy/data/in.jsonl").read_text().splitlines(True)[:4]))
-    argv = ["--model", "toy/model", "--eval_data", few, "--lr", "1e-4", "--max_response_tokens",
-            300, "--save_every", 1, "--eval_every", 4, "--tokens_per_micro_batch", 800]
+    argv = ["--model", "toy/model", "--lr", "1e-4", "--max_response_tokens", 300, "--save_every", 1,
+            "--tokens_per_micro_batch", 800]
     if script == "sft_distill.py":
         lines = (ROOT / "toy/data/train.jsonl").read_text().splitlines()[: 4 * steps]
         (folder / "d.jsonl").write_text("".join(json.dumps(dict(
             prompt=q["prompt"], response=f"So x = {q['reward_model']['ground_truth']}.")) + "\n"
             for q in map(json.loads, lines)))
-        return [*argv, "--data", folder / "d.jsonl", "--batch_size", 4, "--epochs", 1,
-                "--eval_rollouts", 1]
-    return [*argv, "--data", "toy/data/train.jsonl", "--questions_per_step", 4, "--rollouts", 4,
-            "--minibatch_questions", 2, "--warmup_steps", 2, "--steps", steps,
+        return [*argv, "--data", folder / "d.jsonl", "--batch_size", 4, "--epochs", 1]
+    few = folder / "few.jsonl"
+    few.write_text("".join((ROOT / "toy/data/in.jsonl").read_text().splitlines(True)[:4]))
+    return [*argv, "--data", "toy/data/train.jsonl", "--eval_data", few, "--eval_every", 4,
+            "--questions_per_step", 4, "--rollouts", 4, "--minibatch_questions", 2,
+            "--warmup_steps", 2, "--steps", steps,
             *(["--ema", 0.05] if script == "sdpo.py" else [])]
 
 
@@ -178,8 +180,7 @@ def compare(folder, script, ranks, kills, steps, masters=False, seed=0):
     argv += ["--run_dir", folder / "killed/run"]
     hit = killed_run(folder / "killed", script, ranks, kills, steps, argv, masters,
                      random.Random(seed))
-    (m, w), (n, v) = (outcome(results(folder / name, script), steps)
-                      for name in ("whole", "killed"))
+    (m, w), (n, v) = (outcome(folder / name / "run", steps) for name in ("whole", "killed"))
     return hit, m == n, w == v
 
 
@@ -200,9 +201,9 @@ def main():
         hit, metrics, weights = compare(folder, args.script, ranks, args.kills, args.steps,
                                         args.masters)
         same &= metrics and weights
-        phases = ", ".join(f"{n} {p}" for p, n in hit.most_common())
+        said = ", ".join(f"{n} {phase}" for phase, n in hit.most_common())
         print(f"{args.script}, {ranks} rank(s), {args.steps} steps, {sum(hit.values())} kills in "
-              f"{time.time() - began:.0f} s: {phases}")
+              f"{time.time() - began:.0f} s: {said}")
         print(f"  metrics {'the same' if metrics else 'DIFFER'}, "
               f"weights {'the same' if weights else 'DIFFER'}", flush=True)
         if metrics and weights:

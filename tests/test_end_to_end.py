@@ -46,9 +46,9 @@ def end(job, code=0):
     return said
 
 
-def wait_for(paths, job):
-    """Until all of the files are there, or the job has ended."""
-    while job.poll() is None and not all(path.exists() for path in paths):
+def wait_for(condition, job):
+    """Until the condition holds, or the job has ended."""
+    while job.poll() is None and not condition():
         time.sleep(0.05)
 
 
@@ -130,47 +130,6 @@ def test_checkpoints(trained):
         before = model
 
 
-# ------------------------------------------------------- evaluation, of two of SDPO's checkpoints
-
-
-@pytest.fixture(scope="session")
-def evaluated(trained, tmp_path_factory):
-    """(out, what it printed): two models, two benchmarks; one of the four was there before."""
-    folder = tmp_path_factory.mktemp("evaluate")
-    out, sets = folder / "out", [few(DATA / f"{name}.jsonl", 6, folder) for name in ("in", "ood")]
-    argv = ["--model", *(trained / f"checkpoints/step_{n}" for n in (3, 1)), "--samples", 2,
-            "--data", *sets, "--max_response_tokens", 150, "--out", out]
-    args = evaluate.parse_args([str(a) for a in argv])
-    args.temperature, args.top_p, args.top_k = evaluate.SAMPLING["Qwen3 thinking"]
-    (out / "step_1").mkdir(parents=True)
-    evaluate.write_lines(out / "config.json", [vars(args)])
-    evaluate.write_lines(out / "step_1/few_in.jsonl", [
-        epistemic.record("hmm", 1.0, 7, True, benchmark="few_in", index=i, question="?", answer="1")
-        for i in range(6) for _ in range(2)])
-    return out, end(start("evaluate.py", 2, *argv))
-
-
-def test_evaluation_of_checkpoints(evaluated):
-    out, said = evaluated
-    (summary,) = lines(out / "summary.json")
-    assert list(summary["models"]) == ["step_1", "step_3"]  # in their order
-    for name, rows in summary["models"].items():
-        assert list(rows) == ["few_in", "few_ood"]
-        for benchmark, row in rows.items():
-            records = lines(out / name / f"{benchmark}.jsonl")
-            assert [r["index"] for r in records] == [i for i in range(6) for _ in range(2)]
-            assert row == json.loads(json.dumps(evaluate.summarise(records, 2)))
-            assert f"{row['score']:.3f}" in said
-    kept = lines(out / "step_1/few_in.jsonl")
-    assert {r["response"] for r in kept} == {"hmm"}  # nothing is asked twice
-    # other weights, the same seed: the engine has the second model's
-    assert lines(out / "step_1/few_ood.jsonl") != lines(out / "step_3/few_ood.jsonl")
-    assert "Traceback" not in said
-    table = subprocess.run([sys.executable, "epistemic.py", out / "step_3/few_ood.jsonl"], cwd=ROOT,
-                           check=True, capture_output=True, text=True).stdout
-    assert f"{summary['models']['step_3']['few_ood']['epistemic']:.2f}" in table
-
-
 # ----------------------- GRPO: a full disk on one rank, SIGTERM on two, and its end on two machines
 
 
@@ -184,7 +143,7 @@ def rewarded(tmp_path_factory):
                 "--questions_per_step", 4, "--minibatch_questions", 2, "--rollouts", 8,
                 "--max_response_tokens", 300, "--lr", "1e-4", "--warmup_steps", 1, "--steps", 50,
                 "--save_every", 1, "--tokens_per_micro_batch", 2000, "--run_dir", run)
-    wait_for([run / "checkpoints/step_1"], job)
+    wait_for((run / "checkpoints/step_1").exists, job)
     for pid in kill.family(job.pid):  # no file grows any more: the next checkpoint does not fit
         with contextlib.suppress(ProcessLookupError):
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -192,7 +151,7 @@ def rewarded(tmp_path_factory):
     step = newest(run)
     job = start("grpo.py", 2, "--model", "toy/model", "--run_dir", run, "--resume",
                 "--save_every", 100)
-    wait_for([run / f"rollouts/step_{step + 1}.jsonl"], job)
+    wait_for(lambda: len(lines(run / "metrics.jsonl")) > step, job)
     time.sleep(0.5)
     os.kill(process_of(job, 1), signal.SIGTERM)  # all ranks hear of it
     return run, full, end(job)
@@ -277,7 +236,7 @@ def test_two_machines_go_on_to_the_end(tmp_path, rewarded, nodes):
     assert newest(run) == done + 1 and (run / f"eval/step_{done + 1}.json").exists()
 
 
-# --------------------------- the five contexts on two ranks, killed once; then SFT on their answers
+# ------ the five contexts on two ranks, killed once; SFT on their answers; evaluation and tables
 
 
 @pytest.fixture(scope="session")
@@ -290,7 +249,7 @@ def studied(tmp_path_factory):
             "--questions_per_round", 12, "--max_response_tokens", 400, "--out", out]
     job = start("generate_conditions.py", 2, *argv)
     first = out / "rounds/round_0000.jsonl"
-    wait_for([first], job)
+    wait_for(first.exists, job)
     kill.kill_family(job.pid)
     job.communicate()
     before = first.stat().st_mtime_ns
@@ -328,46 +287,76 @@ def test_conditions(studied):
 
 @pytest.fixture(scope="session")
 def distilled(studied, tmp_path_factory):
-    """(run's folder, what two ranks said up to a signal, what one said that went on)."""
+    """(folder of both runs, what d_ug's said on two ranks until one died, what one then said)."""
     folder = tmp_path_factory.mktemp("sft")
-    argv = ["--model", "toy/model", "--data", *(studied[0] / f"d_{x}g.jsonl" for x in "us"),
-            "--run_dir", folder / "run"]
-    job = start("sft_distill.py", 2, *argv, "--eval_data", few(DATA / "ood.jsonl", 10, folder),
-                "--eval_rollouts", 1, "--max_response_tokens", 400, "--batch_size", 8,
-                "--epochs", 2, "--lr", "1e-4", "--tokens_per_micro_batch", 2000)
-    wait_for([folder / "run/d_ug/metrics.jsonl"], job)
-    os.kill(process_of(job, 1), signal.SIGTERM)
-    stopped = end(job)
-    return folder / "run", stopped, end(start("sft_distill.py", 1, *argv, "--resume"))
+
+    def train(name, ranks, *flags):
+        return start("sft_distill.py", ranks, "--model", "toy/model", "--data",
+                     studied[0] / f"{name}.jsonl", "--max_response_tokens", 400, "--batch_size", 8,
+                     "--epochs", 2, "--lr", "1e-4", "--tokens_per_micro_batch", 2000,
+                     "--save_every", 1, "--run_dir", folder / name, *flags)
+    job = train("d_ug", 2)
+    wait_for((folder / "d_ug/checkpoints/step_1").exists, job)
+    os.kill(process_of(job, 1), signal.SIGKILL)
+    said = end(job, code=1)
+    return folder, said, end(train("d_ug", 1, "--resume")) + end(train("d_sg", 1))
 
 
-def test_sft_on_two_ranks_ends_at_a_signal_and_one_goes_on(distilled):
-    _, stopped, said = distilled
-    (line,) = [line for line in stopped.splitlines() if line.startswith("stopped after step ")]
-    step = int(line.removeprefix("stopped after step ").split(":")[0])
-    assert "Traceback" not in stopped + said and "SFT on" not in stopped
-    assert f"d_ug: goes on after step_{step}" in said and f"step {step:3d}  loss" not in said
-
-
-def test_sft(distilled):
-    run, _, said = distilled
-    (summary,) = lines(run / "summary.json")
-    rows = summary["rows"]
-    assert list(rows) == ["base", "SFT on d_ug", "SFT on d_sg"] and "SFT on d_sg" in said
+def test_sft_on_two_ranks_ends_when_one_dies_and_goes_on_with_one(distilled):
+    folder, died, said = distilled
+    assert "Signal 9 (SIGKILL)" in died and "d_ug: goes on after step_" in said
+    assert "Traceback" not in said
     for name in ("d_ug", "d_sg"):
-        metrics = lines(run / f"{name}/metrics.jsonl")
+        metrics = lines(folder / name / "metrics.jsonl")
         assert [m["step"] for m in metrics] == list(range(1, len(metrics) + 1))
         assert all(m["loss"] > 0 and m["grad_norm"] > 0 for m in metrics)
-        step = metrics[-1]["step"]
-        assert lines(run / f"{name}/eval/step_{step}.json") == [rows[f"SFT on {name}"]]
-        assert (run / f"{name}/checkpoints/step_{step}/model.safetensors").exists()
+        assert newest(folder / name) == len(metrics)
 
 
-def test_report(trained, studied, distilled, tmp_path):
+@pytest.fixture(scope="session")
+def evaluated(distilled, tmp_path_factory):
+    """(out, its models, what it printed): three models, two benchmarks; one of the six results was
+    there before."""
+    folder, out = tmp_path_factory.mktemp("evaluate"), distilled[0] / "eval"
+    tuned = {name: newest(distilled[0] / name) for name in ("d_ug", "d_sg")}
+    argv = ["--model", *(distilled[0] / f"{name}/checkpoints/step_{n}" for name, n in tuned.items()),
+            "toy/model", "--data", *(few(DATA / f"{name}.jsonl", 6, folder) for name in ("in", "ood")),
+            "--samples", 2, "--max_response_tokens", 150, "--out", out]
+    args = evaluate.parse_args([str(a) for a in argv])
+    args.temperature, args.top_p, args.top_k = evaluate.SAMPLING["Qwen3 thinking"]
+    (out / "model").mkdir(parents=True)
+    evaluate.write_lines(out / "config.json", [vars(args)])
+    evaluate.write_lines(out / "model/few_in.jsonl", [
+        epistemic.record("hmm", 1.0, 7, True, benchmark="few_in", index=i, question="?", answer="1")
+        for i in range(6) for _ in range(2)])
+    return out, [f"{name}/step_{n}" for name, n in tuned.items()], end(start("evaluate.py", 2, *argv))
+
+
+def test_evaluation(evaluated):
+    out, tuned, said = evaluated
+    (summary,) = lines(out / "summary.json")
+    assert list(summary["models"]) == ["model", *tuned]  # checkpoints after what they began with
+    for name, rows in summary["models"].items():
+        assert list(rows) == ["few_in", "few_ood"]
+        for benchmark, row in rows.items():
+            records = lines(out / name / f"{benchmark}.jsonl")
+            assert [r["index"] for r in records] == [i for i in range(6) for _ in range(2)]
+            assert row == json.loads(json.dumps(evaluate.summarise(records, 2)))
+            assert f"{row['score']:.3f}" in said
+    assert {r["response"] for r in lines(out / "model/few_in.jsonl")} == {"hmm"}  # not asked again
+    # other weights, the same seed: the engine has every model's
+    answers = [(out / name / "few_ood.jsonl").read_text() for name in summary["models"]]
+    assert len(set(answers)) == 3 and "Traceback" not in said
+    table = subprocess.run([sys.executable, "epistemic.py", out / "model/few_ood.jsonl"], cwd=ROOT,
+                           check=True, capture_output=True, text=True).stdout
+    assert f"{summary['models']['model']['few_ood']['epistemic']:.2f}" in table
+
+
+def test_report(trained, studied, evaluated, tmp_path):
     """Tables and picture from the files of runs; two folders give means and deviations."""
     for seed in ("seed_0", "seed_1"):
-        (tmp_path / seed).mkdir()
-        for name, run in dict(sdpo=trained, conditions=studied[0], sft=distilled[0]).items():
+        (tmp_path / seed / "sft").mkdir(parents=True)
+        for name, run in {"sdpo": trained, "conditions": studied[0], "sft/eval": evaluated[0]}.items():
             (tmp_path / seed / name).symlink_to(run)
 
     def report(*folders):
@@ -376,16 +365,16 @@ def test_report(trained, studied, distilled, tmp_path):
     said = report(tmp_path / "seed_0")
     contexts = lines(studied[0] / "summary.json")[0]["contexts"]
     after = lines(trained / "eval/step_3.json")[0]["few"]
-    fine_tuned = lines(distilled[0] / "summary.json")[0]["rows"]["SFT on d_sg"]["few_ood"]
     assert f"{contexts['regenerated']['length']:,.0f}" in said and "one seed" in said
     assert f"{after['score']:.3f}" in said and f"{after['epistemic']:.1f}" in said
-    assert f"{fine_tuned['length']:,.0f}" in said
+    models = lines(evaluated[0] / "summary.json")[0]["models"]
+    assert f"{models[evaluated[1][1]]['few_ood']['length']:,.0f}" in said and "SFT on d_sg" in said
     assert (tmp_path / "seed_0/report.png").read_bytes()[:4] == b"\x89PNG"
     said = report(tmp_path / "seed_0", tmp_path / "seed_1")
     assert f"{after['score']:.3f} ± 0.000" in said and "2 seeds" in said
 
 
-# ------------------------------------ one engine: weights handed over, seeds, embeddings tied or not
+# ----------------------------------------- one engine: weights handed over, seeds, tied embeddings
 
 
 def drawn_from():
@@ -394,7 +383,7 @@ def drawn_from():
 
 
 def ask_engine(folder, data):
-    """A process that hands a model with tied embeddings to vLLM, and asks both; prints the results."""
+    """A process: hands a model with tied embeddings to vLLM, asks both, prints what comes of it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     args = Namespace(model=folder, seed=0, max_prompt_tokens=512, max_response_tokens=60,
                      temperature=0.7, top_k=5, alpha=0.5, rollouts=2, demonstration="full",

@@ -1,7 +1,10 @@
-"""sft_distill.py: examples, the masked loss, the schedule. No vLLM, no model but the toy."""
+"""sft_distill.py: examples, the masked loss, the schedule, whole runs on the toy. No vLLM."""
 import itertools
 import json
+import os
 import random
+import signal
+import sys
 from argparse import Namespace
 
 import pytest
@@ -44,7 +47,7 @@ def test_a_prompt_is_messages_or_the_users_text(tmp_path, tokenizer):
     assert first.prompt_ids == second.prompt_ids and first.response_ids == second.response_ids
     assert tokenizer.decode(first.response_ids) == ANSWER + "<|im_end|>"
     assert tokenizer.decode(third.response_ids) == "é ∑<|im_end|>"
-    assert [r.row for r in (first, second, third)] == [1, 3, 5] and first.text == ANSWER
+    assert first.text == ANSWER
     for r in (first, second, third):
         assert r.response_ids.count(tokenizer.eos_token_id) == 1
 
@@ -54,17 +57,17 @@ def test_too_long_is_left_out_by_prompt_and_by_response(tmp_path, tokenizer, cap
             dict(prompt="a", response="b " * 50)]
     path = write(tmp_path / "d.jsonl", *rows)
     everything = load(path, tokenizer)
-    assert len(everything) == 3 and not capsys.readouterr().out
+    assert not capsys.readouterr().out
     short, prompt, response = everything
     # the limits themselves are allowed, and the end token is one of the response's
     sizes = dict(max_prompt_tokens=len(short.prompt_ids),
                  max_response_tokens=len(short.response_ids))
-    assert [r.row for r in load(path, tokenizer, **sizes)] == [1]
+    assert load(path, tokenizer, **sizes) == [short]
     assert "2 of 3 examples left out" in capsys.readouterr().out
     sizes["max_prompt_tokens"] = len(prompt.prompt_ids)
-    assert [r.row for r in load(path, tokenizer, **sizes)] == [1, 2]
+    assert load(path, tokenizer, **sizes) == [short, prompt]
     sizes["max_response_tokens"] = len(response.response_ids)
-    assert [r.row for r in load(path, tokenizer, **sizes)] == [1, 2, 3]
+    assert load(path, tokenizer, **sizes) == everything
 
 
 GOOD = '{"prompt": "a", "response": "b"}'
@@ -148,8 +151,7 @@ def make_batch(size):
 
     def draw(low, high):
         return [rng.randrange(5, 400) for _ in range(rng.randint(low, high))]
-    return [sft_distill.Rollout(i, draw(3, 20), [*draw(1, 60), 2], None, "", True)
-            for i in range(size)]
+    return [sft_distill.Example(draw(3, 20), [*draw(1, 60), 2], "") for _ in range(size)]
 
 
 def wrap(budget):
@@ -242,58 +244,64 @@ def test_every_update_has_a_rate(steps, ratio):
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, alone, tokenizer):
-    """run(folder, *flags): train() on ten examples, its nine updates and what else it calls.
+def run(tmp_path, monkeypatch):
+    """run(folder, *flags): main() on ten examples, nine updates; what it was given at each of them.
 
-    All of it is real except vLLM: an evaluation leaves its file and no more, and if its step is
-    `stop_at`, a signal comes meanwhile.
+    In update `stop_at` comes a signal.
     """
-    real = sft_distill.update
+    real, handler = sft_distill.update, signal.getsignal(signal.SIGTERM)
+    words = "seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
+    data = write(tmp_path / "d.jsonl", *(dict(prompt=f"{i} + 3?", response=f"Wait. {word} {i + 3}")
+                                         for i, word in enumerate(words)))
+
+    def clear():
+        """main() leaves in the environment that it is alone."""
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            os.environ.pop(name, None)
 
     def run(folder, *flags, stop_at=None):
-        seen, calls, sft_distill.stop["asked"] = [], [], False
+        seen = []
 
-        def update(ddp, optimizer, minibatch, lr):
-            seen.append([r.row for r in minibatch])
-            calls.append(lr)
-            return real(ddp, optimizer, minibatch, lr)
-
-        def evaluate(llm, verifier, benchmarks, step, args):
-            calls.append("eval")
-            sft_distill.write_lines(tmp_path / folder / f"eval/step_{step}.json", [dict(at=step)])
-            sft_distill.stop["asked"] = step == stop_at
+        def update(ddp, optimizer, batch, lr):
+            seen.append(([e.text for e in batch], lr))
+            if len(seen) == stop_at:
+                signal.raise_signal(signal.SIGTERM)
+            return real(ddp, optimizer, batch, lr)
         monkeypatch.setattr(sft_distill, "update", update)
-        monkeypatch.setattr(sft_distill, "evaluate", evaluate)
-        monkeypatch.setattr(sft_distill, "sync_weights", lambda llm, model: calls.append("sync"))
-        args = sft_distill.parse_args([
-            "--model", str(ROOT / "toy/model"), "--data", "d.jsonl", "--epochs", "3",
-            "--batch_size", "4", "--lr", "1e-3", "--eval_every", "4", "--save_every", "9",
-            "--run_dir", str(tmp_path / folder), *flags])
-        args.data = "d.jsonl"
-        last = sft_distill.train(make_batch(10), None, None, tokenizer, {}, CPU, args)
-        return last, seen, calls
+        sft_distill.stop["asked"] = False
+        clear()
+        monkeypatch.setattr(sys, "argv", [str(a) for a in (
+            "sft_distill.py", "--model", ROOT / "toy/model", "--data", data, "--epochs", 3,
+            "--batch_size", 4, "--lr", "1e-3", "--save_every", 4, "--max_response_tokens", 64,
+            "--run_dir", tmp_path / folder, *flags)])
+        sft_distill.main()
+        return seen
     yield run
+    clear()
+    signal.signal(signal.SIGTERM, handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sft_distill.stop["asked"] = False
 
 
 def test_training_goes_through_all_examples_each_epoch(tmp_path, run):
-    last, seen, calls = run("d")
-    assert last == dict(at=9) and [len(rows) for rows in seen] == [4, 4, 2] * 3
-    epochs = [sum(seen[i : i + 3], []) for i in (0, 3, 6)]
-    assert all(sorted(rows) == list(range(10)) for rows in epochs) and epochs[0] != epochs[1]
-    lr = rates(9, 0.1, 1e-3)
-    evaluated = ["sync", "eval"]
-    assert calls == [*lr[:4], *evaluated, *lr[4:8], *evaluated, lr[8], *evaluated]
+    batches, given = zip(*run("d"))
+    assert [len(batch) for batch in batches] == [4, 4, 2] * 3
+    epochs = [sum(batches[i : i + 3], []) for i in (0, 3, 6)]
+    assert all(len(set(epoch)) == 10 for epoch in epochs) and epochs[0] != epochs[1]
+    assert list(given) == rates(9, 0.1, 1e-3)
     metrics = lines(tmp_path / "d/metrics.jsonl")
-    assert [m["step"] for m in metrics] == list(range(1, 10)) and [m["lr"] for m in metrics] == lr
-    assert all(m["updates"] == 1 and m["skipped"] == 0 for m in metrics)
-    assert ["eval" in m["seconds"] for m in metrics] == [n in (4, 8, 9) for n in range(1, 10)]
+    assert [m["step"] for m in metrics] == list(range(1, 10))
+    assert tuple(m["lr"] for m in metrics) == given
+    for m in metrics:
+        assert m["updates"] == 1 and m["skipped"] == 0 and m["epistemic"] == 1  # a wait each
+        assert m["length"] > 3 and m["seconds"]["update"] > 0 and 0.1 < m["peak_memory_gb"] < 50
     first, final = (sum(m["loss"] * m["trained_tokens"] for m in part) / sum(
         m["trained_tokens"] for m in part) for part in (metrics[:3], metrics[-3:]))
     assert final < 0.9 * first  # the very same examples: it learns
-    assert [p.name for p in (tmp_path / "d/checkpoints").iterdir()] == ["step_9"]
+    folders = sorted((tmp_path / "d/checkpoints").iterdir())
+    assert [p.name for p in folders] == ["step_4", "step_8", "step_9"]
     (config,) = lines(tmp_path / "d/config.json")
-    assert (config["script"], config["data"], config["epochs"]) == ("sft_distill.py", "d.jsonl", 3)
+    assert (config["script"], config["epochs"]) == ("sft_distill.py", 3)
 
 
 @pytest.mark.parametrize("flag", ["--no-recompute_layers", "--no-offload_optimizer"])
@@ -305,31 +313,18 @@ def test_flags_of_memory_change_no_bit(tmp_path, run, flag):
 
 def test_a_signal_ends_it_with_a_checkpoint_and_it_goes_on_alike(tmp_path, run, capsys):
     run("whole")
-    assert run("d", stop_at=4)[0] is None
-    assert "stopped after step 4: the same command with --resume goes on" in capsys.readouterr().out
-    assert [m["step"] for m in lines(tmp_path / "d/metrics.jsonl")] == [1, 2, 3, 4]
-    assert [p.name for p in (tmp_path / "d/checkpoints").iterdir()] == ["step_4"]
-    last, seen, _ = run("d", "--resume")
-    assert last == dict(at=9) and len(seen) == 5
+    assert len(run("d", stop_at=5)) == 5  # the update that runs comes to its end
+    assert "stopped after step 5: the same command with --resume goes on" in capsys.readouterr().out
+    assert [m["step"] for m in lines(tmp_path / "d/metrics.jsonl")] == [1, 2, 3, 4, 5]
+    assert (tmp_path / "d/checkpoints/step_5/trainer_state").exists()
+    assert len(run("d", "--resume")) == 4
+    assert f"{tmp_path}/d: goes on after step_5" in capsys.readouterr().out
+    assert kill.outcome(tmp_path / "d", 9) == kill.outcome(tmp_path / "whole", 9)
+    assert run("d", "--resume") == []  # there is nothing left to do
     assert kill.outcome(tmp_path / "d", 9) == kill.outcome(tmp_path / "whole", 9)
 
 
 # ---------------------------------------------------------------------------------------- command
-
-
-def test_table_prints_its_rows_and_benchmarks():
-    rows = {name: {b: dict(score=s + i, length=12345.6 + i, epistemic=8.25 + i) for i, b in
-                   enumerate(("aime24", "a_long_benchmark"))}
-            for name, s in (("base", 0.5), ("SFT on d_ug", 0.25))}
-    lines = sft_distill.table(rows).splitlines()
-    assert [line.split() for line in lines] == [
-        ["score", "aime24", "a_long_benc"],
-        ["base", "0.500", "1.500"], ["SFT", "on", "d_ug", "0.250", "1.250"],
-        ["response", "tokens", "aime24", "a_long_benc"],
-        ["base", "12,346", "12,347"], ["SFT", "on", "d_ug", "12,346", "12,347"],
-        ["epistemic", "tokens", "aime24", "a_long_benc"],
-        ["base", "8.2", "9.2"], ["SFT", "on", "d_ug", "8.2", "9.2"]]
-    assert len(set(map(len, lines))) == 1  # in columns
 
 
 def test_help(capsys):
@@ -340,38 +335,25 @@ def test_help(capsys):
 
 def test_defaults_are_what_the_docstring_says():
     args = sft_distill.parse_args(["--model", "x", "--data", "y"])
-    said = dict(epochs=3, batch_size=32, lr=1e-5, warmup_ratio=0.1, eval_rollouts=16,
-                eval_data=["aime24", "aime25", "amc23", "math500"])
+    said = dict(epochs=3, batch_size=32, lr=1e-5, warmup_ratio=0.1)
     assert {name: getattr(args, name) for name in said} == said
     assert "3 epochs, 32 examples a step (75 steps), AdamW at 1e-5" in sft_distill.__doc__
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--data", "d.jsonl", "other/d.jsonl"], "--data: two have one name (d d)"),
-    (["--data", "d.jsonl", "base.jsonl"], "--data: a file named base or eval"),
-    (["--eval_data", "d.jsonl", "other/d.jsonl"], "--eval_data: two have one name (d d)"),
     (["--warmup_ratio", "1.5"], "--warmup_ratio 1.5 must lie between 0 and 1"),
     (["--warmup_ratio", "-0.1"], "--warmup_ratio -0.1"),
     (["--batch_size", "0"], "0 must be at least 1"),
     (["--data", "broken.jsonl"], "broken.jsonl, line 2"),
     (["--data", "no/such.jsonl"], "no/such.jsonl"),
-    (["--eval_data", "no/such.jsonl"], "no/such.jsonl"),
     (["--max_response_tokens", "9999"], "positions"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, flags, said):
-    row = dict(prompt="1+1?", response="\\boxed{2}", answer="2")
-    (tmp_path / "other").mkdir()
-    for name in ("d.jsonl", "other/d.jsonl", "base.jsonl"):
-        write(tmp_path / name, row)
+    row = dict(prompt="1+1?", response="\\boxed{2}")
+    write(tmp_path / "d.jsonl", row)
     (tmp_path / "broken.jsonl").write_text(json.dumps(row) + "\n{not json\n")
     monkeypatch.chdir(tmp_path)
     assert said in refusal_of_main(sft_distill, monkeypatch, [
-        "--model", ROOT / "toy/model", "--data", "d.jsonl", "--eval_data", "d.jsonl",
+        "--model", ROOT / "toy/model", "--data", "d.jsonl",
         "--max_response_tokens", "64", *flags])  # of a flag given twice the last counts
     assert not (tmp_path / "runs").exists()
-
-
-def test_good_input_is_accepted():
-    for flags in ([], ["--eval_data"]):
-        sft_distill.check_args(sft_distill.parse_args(
-            ["--model", "x", "--data", "d_ug.jsonl", "d_sg.jsonl", *flags]))
