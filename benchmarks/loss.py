@@ -24,7 +24,7 @@ def main():
     add = parser.add_argument
     add("--tokens", type=int, default=22528)
     add("--vocabulary", type=int, default=151936)
-    add("--hidden", type=int, default=256, help="Qwen3-8B: 4096, which costs CPU minutes and no logits")
+    add("--hidden", type=int, default=256, help="Qwen3-8B: 4096, which costs CPU minutes")
     add("--top_k", type=int, default=100)
     add("--full", action="store_true", help="one chunk of all tokens")
     args = parser.parse_args()
@@ -46,8 +46,9 @@ def main():
     losses.mean().backward()
     wait(device)
     seconds, extra = time.perf_counter() - start, peak(device) - before
-    print(f"{args.tokens:,} tokens, V = {args.vocabulary:,}, hidden {args.hidden}, top-k {args.top_k},"
-          f" {device.type}: {extra / 2**30:.2f} GiB beyond the model's own, {seconds:.1f} s")
+    print(f"{args.tokens:,} tokens, V = {args.vocabulary:,}, hidden {args.hidden}, top-k "
+          f"{args.top_k}, {device.type}: {extra / 2**30:.2f} GiB beyond the model's own, "
+          f"{seconds:.1f} s")
 
 if __name__ == "__main__":
     main()

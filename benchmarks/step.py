@@ -46,31 +46,30 @@ def ours(args):
             spent[name] = spent.get(name, 0) + time.perf_counter() - start
             return result
         setattr(script, name, call)
-    for name in ("generate", "backward", "trainer_logprobs"):
+    for name in ("generate", "backward", "remember_logprobs"):
         timed(name)
-    steps, tick, seen = [], script.tick, [time.perf_counter()]
-    def note(clock, phase):  # a step: from its start to the start of the next
-        if phase == "start":
-            now = time.perf_counter()
-            steps.append(dict(spent, step=now - seen[0]))
-            seen[0] = now
-            spent.clear()
-        tick(clock, phase)
-    script.tick = note
+    steps, log, ended = [], script.log, time.perf_counter()
+    def note(*a):  # a step: from one line of metrics.jsonl to the next
+        nonlocal ended
+        log(*a)
+        steps.append(dict(spent, step=time.perf_counter() - ended))
+        ended = time.perf_counter()
+        spent.clear()
+    script.log = note
     run_dir = Path(tempfile.mkdtemp()) / "run"
     sys.argv = [f"{args.algorithm}.py", "--model", str(MODEL), "--data", str(DATA), "--eval_data",
                 "--questions_per_step", str(args.questions), "--minibatch_questions",
                 str(args.questions), "--rollouts", str(args.rollouts), "--lr", "1e-6",
                 "--max_response_tokens", str(args.max_response_tokens),
                 "--tokens_per_micro_batch", "8192", "--save_every", "1000",
-                "--steps", str(args.steps + 2), "--run_dir", str(run_dir)]
+                "--steps", str(args.steps + 1), "--run_dir", str(run_dir)]
     script.main()
-    steps = sorted(steps[2:], key=lambda s: s["step"])  # not the start-up, not the first step
+    steps = sorted(steps[1:], key=lambda s: s["step"])  # the first holds the start-up
     m = steps[len(steps) // 2]
+    gradients = m["backward"] + m["remember_logprobs"]
     length = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[1])["length"]
     return dict(seconds=m["step"], length=length, parts=dict(
-        generation=m["generate"], gradients=m["backward"] + m["trainer_logprobs"],
-        rest=m["step"] - m["generate"] - m["backward"] - m["trainer_logprobs"]))
+        generation=m["generate"], gradients=gradients, rest=m["step"] - m["generate"] - gradients))
 
 def trl(args):
     """TRL's trainer with the same numbers."""
@@ -129,7 +128,8 @@ def main():
         if not lines:
             sys.exit(f"{arm}: no result\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
         r = results[arm] = json.loads(lines[-1][7:])
-        print(f"{arm:5s} {r['seconds']:7.2f} s a step, {r['length']:.0f} tokens an answer", flush=True)
+        print(f"{arm:5s} {r['seconds']:7.2f} s a step, {r['length']:.0f} tokens an answer",
+              flush=True)
         for name, seconds in r.get("parts", {}).items():
             print(f"        {name:12s} {seconds:7.2f} s  {seconds / r['seconds']:6.1%}")
     if len(results) == 2:

@@ -6,17 +6,18 @@
 
 Random weights, random token ids of the lengths asked for, no vLLM. Every arm gets the same rollouts
 and a process of its own, so that its peak memory is its own:
-    ours    grpo.update or sdpo.update, as the scripts call it
+    ours    grpo.update or sdpo.update, as the scripts call it, on a GPU with compiled layers
     naive   the textbook: padded to the longest, an attention mask, logits of the whole micro-batch,
             no recomputation, AdamW on the spot
     trl     TRL 1.16's GRPOTrainer or SDPOTrainer: its compute_loss on the batch that it would make
-Model FLOPs count no recomputation and no padding; the matrix rate is measured in each arm's process.
+Model FLOPs count no recomputation and no padding. Each arm's process measures the matrix rate.
 """
 import argparse
 import contextlib
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+TOY = str(ROOT / "toy/model")
 SHAPES = {  # hidden, MLP, layers, heads, key-value heads, head size, vocabulary, tied
     "qwen3-8b": (4096, 12288, 36, 32, 8, 128, 151936, False),
     "qwen3-1.7b": (2048, 6144, 28, 16, 8, 128, 151936, True),
@@ -40,7 +42,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--model", default=str(ROOT / "toy/model"), help=f"{', '.join(SHAPES)}, or a model's folder")
+    add("--model", default=TOY, help=f"{', '.join(SHAPES)}, or a model's folder")
     add("--algorithm", choices=["grpo", "sdpo"], default="sdpo")
     add("--arms", nargs="+", choices=["ours", "naive", "trl"], default=["ours", "naive"])
     add("--sequences", type=int, default=128)
@@ -49,22 +51,29 @@ def parse_args():
     add("--prompt_tokens", type=int, default=60)
     add("--demonstration_tokens", type=int, default=200, help="SDPO's teacher sees them as well")
     add("--tokens_per_micro_batch", type=int, default=8192)
-    add("--offload_optimizer", action=argparse.BooleanOptionalAction, default=False)
+    switch = argparse.BooleanOptionalAction
+    add("--offload_optimizer", action=switch, default=True, help="ours: AdamW's in CPU memory")
+    add("--recompute_layers", action=switch, default=True, help="ours: else activations stay")
+    add("--compile", action=switch, default=True, help="ours: the layers, on a GPU")
     add("--repeat", type=int, default=3, help="updates; the median counts, after one to warm up")
     add("--arm", help=argparse.SUPPRESS)  # set in the process of one arm
     return parser.parse_args()
 
-def build(args, device, dtype):
+def config_of(name):
+    """The configuration of a shape's name or of a model's folder."""
+    from transformers import AutoConfig, Qwen3Config
+    if name not in SHAPES:
+        return AutoConfig.from_pretrained(name)
+    hidden, mlp, layers, heads, kv, size, vocabulary, tied = SHAPES[name]
+    return Qwen3Config(
+        hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, head_dim=size,
+        num_attention_heads=heads, num_key_value_heads=kv, vocab_size=vocabulary,
+        tie_word_embeddings=tied, max_position_embeddings=40960, bos_token_id=None,
+        eos_token_id=2, pad_token_id=0, architectures=["Qwen3ForCausalLM"])  # ids: the toy's
+
+def build(config, device, dtype):
     """The model with random weights, made where it stays."""
-    from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
-    if args.model in SHAPES:
-        hidden, mlp, layers, heads, kv, size, vocabulary, tied = SHAPES[args.model]
-        config = Qwen3Config(
-            hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, head_dim=size,
-            num_attention_heads=heads, num_key_value_heads=kv, vocab_size=vocabulary,
-            tie_word_embeddings=tied, max_position_embeddings=40960)
-    else:
-        config = AutoConfig.from_pretrained(args.model)
+    from transformers import AutoModelForCausalLM
     torch.manual_seed(0)
     with device:
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -86,21 +95,34 @@ def make_rollouts(script, args, vocabulary):
         rollouts.append(r)
     return rollouts
 
-def flops(model, args, rollouts):
-    """Model FLOPs of an update: 2 a weight and token forward, 4 backward, and causal attention."""
-    c = model.config
-    head = c.vocab_size * c.hidden_size
-    body = model.num_parameters() - head * (1 if c.tie_word_embeddings else 2)
-    def forward(tokens, responses):
-        attention = 2 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * tokens**2
-        return 2 * body * tokens + 2 * head * responses + attention
+def parameters(config):
+    """(all but embeddings and head, head) of Qwen3's shape."""
+    c, kv = config, config.num_key_value_heads * config.head_dim
+    attention = 2 * c.hidden_size * (c.num_attention_heads * c.head_dim + kv) + 2 * c.head_dim
+    layer = attention + 3 * c.hidden_size * c.intermediate_size + 2 * c.hidden_size
+    return layer * c.num_hidden_layers + c.hidden_size, c.vocab_size * c.hidden_size
+
+def forward_flops(config, tokens, responses):
+    """Of a sequence: 2 a weight and token, the head on response tokens only, causal attention."""
+    c, (body, head) = config, parameters(config)
+    attention = 2 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * tokens**2
+    return 2 * body * tokens + 2 * head * responses + attention
+
+def flops(config, lengths):
+    """Model FLOPs of an update; lengths: (prompt, response, teacher's prompt or 0) of each rollout.
+
+    A backward costs two forwards. Recomputation and padding are not counted.
+    """
     total = 0
-    for r in rollouts:
-        n = len(r.response_ids)
-        total += 3 * forward(len(r.prompt_ids) + n, n)
-        if args.algorithm == "sdpo":
-            total += forward(len(r.teacher_prompt_ids) + n, n)
+    for prompt, response, shown in lengths:
+        total += 3 * forward_flops(config, prompt + response, response)
+        if shown:
+            total += forward_flops(config, shown + response, response)
     return total
+
+def lengths_of(rollouts):
+    return [(len(r.prompt_ids), len(r.response_ids), len(getattr(r, "teacher_prompt_ids", [])))
+            for r in rollouts]
 
 def wait(device):
     if device.type == "cuda":
@@ -138,21 +160,22 @@ class Parts:
 
 def ours(script, model, rollouts, args, device, parts):
     """The script's own update, and what it is made of."""
-    offered = ["--model", "x", "--questions_per_step", str(rollouts[-1].row + 1),
-               "--minibatch_questions", str(rollouts[-1].row + 1),
-               "--tokens_per_micro_batch", str(args.tokens_per_micro_batch)]
-    settings = script.parse_args(offered)
-    teacher = copy.deepcopy(model).requires_grad_(False) if args.algorithm == "sdpo" else None
-    if device.type == "cuda":
+    questions = str(rollouts[-1].row + 1)
+    settings = script.parse_args([
+        "--model", "x", "--questions_per_step", questions, "--minibatch_questions", questions,
+        "--tokens_per_micro_batch", str(args.tokens_per_micro_batch)])
+    teacher = copy.deepcopy(model) if args.algorithm == "sdpo" else None
+    if device.type == "cuda" and args.compile:  # as the scripts' load_model
+        for m in filter(None, (model, teacher)):
+            for layer in m.get_decoder().layers:
+                layer.compile(dynamic=True)
+    model.train()
+    if args.recompute_layers:
         model.gradient_checkpointing_enable(dict(use_reentrant=False))
-        model.train()
-    ddp = script.in_parallel(script.Student(model, settings, device))
-    how = dict(lr=1e-6, weight_decay=0.01)
-    if device.type == "cuda":
-        state = "cpu" if args.offload_optimizer else device
-        optimizer = script.MasterAdamW(model.parameters(), state, **how)
-    else:
-        optimizer = torch.optim.AdamW(model.parameters(), **how)
+    state = "cpu" if args.offload_optimizer else device
+    optimizer = script.MasterAdamW(model.named_parameters(), state, lr=1e-6, weight_decay=0.01)
+    ddp = script.DistributedDataParallel(script.Student(model, settings, device),
+                                         gradient_as_bucket_view=True)
     script.check_engine = lambda *_: None  # the rollouts are nobody's
     script.response_hidden = parts.timed(
         lambda m, *_: "teacher forward" if m is teacher else "student forward",
@@ -160,9 +183,10 @@ def ours(script, model, rollouts, args, device, parts):
     name = "token_losses" if args.algorithm == "sdpo" else "token_logprobs"
     setattr(script, name, parts.timed("head and loss, forward", getattr(script, name)))
     torch.Tensor.backward = parts.timed("backward", torch.Tensor.backward)
+    optimizer.fold = parts.timed("fold", optimizer.fold)
     optimizer.step = parts.timed("optimizer", optimizer.step)
     more = [teacher] if teacher else []
-    return lambda: script.update(ddp, *more, optimizer, rollouts)
+    return lambda: script.update(ddp, *more, optimizer, rollouts, 1e-6)
 
 def padded(sequences, side, device):
     """(B, T) ids and mask, padded to the longest."""
@@ -196,7 +220,8 @@ def naive(script, model, rollouts, args, device, parts):
             student = parts.timed("student forward", logprobs)(model, x, x_mask, at)
             if teacher:
                 with torch.no_grad():
-                    target = parts.timed("teacher forward", logprobs)(teacher, shown, shown_mask, at)
+                    target = parts.timed("teacher forward", logprobs)(
+                        teacher, shown, shown_mask, at)
                 top, ids = student.topk(min(100, student.shape[-1] - 1), -1)
                 loss = script.divergence(script.with_tail(top),
                                          script.with_tail(target.gather(-1, ids)), 0.5)
@@ -284,9 +309,10 @@ def run_arm(args):
     transformers.logging.set_verbosity_error()
     # the naive arm and TRL train float32 weights under autocast, as they would without masters
     dtype = script.DTYPE[device.type] if args.arm == "ours" else torch.float32
-    model = build(args, device, dtype)
-    rollouts, parts = make_rollouts(script, args, model.config.vocab_size), Parts(device)
-    rate, work = matrix_rate(device, script.DTYPE[device.type]), flops(model, args, rollouts)
+    config = config_of(args.model)
+    model = build(config, device, dtype)
+    rollouts, parts = make_rollouts(script, args, config.vocab_size), Parts(device)
+    rate, work = matrix_rate(device, script.DTYPE[device.type]), flops(config, lengths_of(rollouts))
     update = globals()[args.arm](script, model, rollouts, args, device, parts)
     cast = (torch.autocast("cuda", torch.bfloat16) if args.arm == "naive" and device.type == "cuda"
             else contextlib.nullcontext())
@@ -300,14 +326,7 @@ def run_arm(args):
             update()
             wait(device)
             times.append(time.perf_counter() - start)
-    inside = torch.empty_like(next(model.parameters()))
-    def sync():
-        for p in model.parameters():
-            inside.resize_(p.shape).copy_(p.detach())
     memory = peak(device)
-    if args.arm == "ours":
-        parts.timed("sync (a copy of the weights)", sync)()
-        parts.seconds["sync (a copy of the weights)"] *= args.repeat
     seconds = sorted(times[1:])[args.repeat // 2]
     tokens = sum(len(r.prompt_ids) + len(r.response_ids) for r in rollouts)
     print("RESULT", json.dumps(dict(
@@ -315,6 +334,20 @@ def run_arm(args):
         matrix_rate=rate, peak=memory, before=before,
         parts={name: s / args.repeat for name, s in parts.seconds.items()})))
     dist.destroy_process_group()
+
+def in_subprocess(command, timeout=None):
+    """(what python's `command` printed after RESULT, None), or (None, why there is nothing)."""
+    try:
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT,
+                              env=dict(os.environ, TQDM_DISABLE="1"), timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return None, f"stopped after {timeout:.0f} s"
+    for line in done.stdout.splitlines():
+        if line.startswith("RESULT "):
+            return json.loads(line[7:]), None
+    said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+    said = [line for line in said if re.match(r"(\[rank0\]: )?[\w.]*[Ee]rror", line)] or said
+    return None, said[-1][:200]
 
 def main():
     args = parse_args()
@@ -328,14 +361,11 @@ def main():
           f"{args.longest} tokens, {where}, torch {torch.__version__}\n")
     results = {}
     for arm in args.arms:
-        done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--arm", arm],
-                              capture_output=True, text=True, env=dict(os.environ, TQDM_DISABLE="1"))
-        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-        if not lines:
-            said = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        r, said = in_subprocess([__file__, *sys.argv[1:], "--arm", arm])
+        if r is None:
             print(f"{arm}: no result ({said})")
             continue
-        r = results[arm] = json.loads(lines[0][7:])
+        results[arm] = r
         print(f"{arm:6s} {r['seconds']:8.2f} s  {r['tokens_per_second']:9,.0f} tokens/s  "
               f"{r['utilisation']:6.1%} of {r['matrix_rate'] / 1e12:.3g} TFLOP/s  peak "
               f"{r['peak'] / 2**30:.2f} GiB, {(r['peak'] - r['before']) / 2**30:.2f} of the update")
@@ -346,7 +376,7 @@ def main():
             a, b = results["ours"], results[arm]
             print(f"\nours against {arm}: {b['seconds'] / a['seconds']:.2f} times as fast, "
                   f"{a['peak'] / b['peak']:.2f} of its peak memory, "
-                  f"{(a['peak'] - a['before']) / (b['peak'] - b['before']):.2f} of the update's own")
+                  f"{(a['peak'] - a['before']) / (b['peak'] - b['before']):.2f} of the update's")
 
 if __name__ == "__main__":
     main()

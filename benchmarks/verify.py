@@ -2,8 +2,8 @@
 
     python benchmarks/verify.py
 
-Exact matches are decided in the trainer's own process; the others go to math-verify in worker processes
-that can be killed. Beside them: math-verify called directly in a loop, as most projects do.
+Exact matches are decided in the trainer's own process; the others go to math-verify in worker
+processes that can be killed. Beside them: math-verify called in a loop, as most projects do.
 """
 import argparse
 import random
