@@ -13,17 +13,20 @@ RUN := $(QUIET) OMP_NUM_THREADS=1 $(BIN)/python
 # What demo and study run, in the folder $(OUT): the scripts at the toy's size.
 OUT := runs/demo
 SEED := 0
-# about half of the study's 30 steps, at 1.5 times its rates
+# about half of the study's steps, at 1.5 times its rates and with 12 questions for 16
 STEPS := 16
+QUESTIONS := 12
 WARMUP := 3
 GRPO_LR := 1.5e-4
 SDPO_LR := 3e-4
-STUDIED := --num_questions 60 --sft_examples 120 --questions_per_round 200
+STUDIED := --num_questions 45 --sft_examples 96 --questions_per_round 150
+EPOCHS := 6
+SAMPLES := 1
 TOY := --model toy/model --max_response_tokens 480 --seed $(SEED)
 TESTS := toy/data/in.jsonl toy/data/ood.jsonl
 EVAL := --eval_every 8
-TRAIN := $(TOY) --eval_data $(TESTS) $(EVAL) --data toy/data/train.jsonl --questions_per_step 16 \
-    --minibatch_questions 16 --steps $(STEPS) --warmup_steps $(WARMUP) --save_every $(STEPS) \
+TRAIN := $(TOY) --eval_data $(TESTS) $(EVAL) --data toy/data/train.jsonl --questions_per_step $(QUESTIONS) \
+    --minibatch_questions $(QUESTIONS) --steps $(STEPS) --warmup_steps $(WARMUP) --save_every $(STEPS) \
     --tokens_per_micro_batch 8192 --no-recompute_layers
 ended = $(1:%=$(OUT)/%/eval/step_$(STEPS).json)
 # |D| = 512: 30 steps of 16 see each question at most once
@@ -45,7 +48,7 @@ demo: .venv/installed
 # The whole miniature with three seeds and longer runs: an hour or more.
 study: .venv/installed
 	for seed in 0 1 2; do $(MAKE) --no-print-directory -j $(JOBS) seed SEED=$$seed STEPS=30 \
-	    WARMUP=5 GRPO_LR=1e-4 SDPO_LR=2e-4 \
+	    QUESTIONS=16 WARMUP=5 GRPO_LR=1e-4 SDPO_LR=2e-4 EPOCHS=3 SAMPLES=2 \
 	    STUDIED="--num_questions 100 --sft_examples 200 --questions_per_round 240" \
 	    OUT=runs/study/seed_$$seed TESTS=toy/data/ood.jsonl EVAL="--eval_every 100 --eval_rollouts 2" \
 	    || exit; done
@@ -58,9 +61,9 @@ $(OUT)/conditions/summary.json:
 $(OUT)/sft/eval/summary.json: $(OUT)/conditions/summary.json
 	rm -rf $(OUT)/sft
 	for d in d_ug d_sg; do $(RUN) sft_distill.py --model toy/model --data $(<D)/$$d.jsonl --lr 1e-4 \
-	    --batch_size 8 --seed $(SEED) --max_response_tokens 480 --tokens_per_micro_batch 8192 \
+	    --batch_size 8 --epochs $(EPOCHS) --seed $(SEED) --max_response_tokens 480 --tokens_per_micro_batch 8192 \
 	    --save_every 1000 --no-recompute_layers --run_dir $(OUT)/sft/$$d || exit; done
-	$(RUN) evaluate.py --model toy/model $(OUT)/sft/*/checkpoints/step_* --samples 2 --top_k 0 \
+	$(RUN) evaluate.py --model toy/model $(OUT)/sft/*/checkpoints/step_* --samples $(SAMPLES) --top_k 0 \
 	    --data $(TESTS) --max_response_tokens 480 --seed $(SEED) --out $(@D)
 $(OUT)/%/eval/step_$(STEPS).json:
 	rm -rf $(OUT)/$*
