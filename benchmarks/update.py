@@ -316,22 +316,24 @@ def run_arm(args):
     update = globals()[args.arm](script, model, rollouts, args, device, parts)
     cast = (torch.autocast("cuda", torch.bfloat16) if args.arm == "naive" and device.type == "cuda"
             else contextlib.nullcontext())
-    before, times = peak(device, reset=True), []
+    before, times, cpu = peak(device, reset=True), [], []
     with cast:
         for i in range(args.repeat + 1):
             if i == 1:
                 parts.seconds.clear()
             wait(device)
-            start = time.perf_counter()
+            start, used = time.perf_counter(), time.process_time()
             update()
             wait(device)
             times.append(time.perf_counter() - start)
+            cpu.append(time.process_time() - used)  # what counts beside other work
     memory = peak(device)
     seconds = sorted(times[1:])[args.repeat // 2]
     tokens = sum(len(r.prompt_ids) + len(r.response_ids) for r in rollouts)
     print("RESULT", json.dumps(dict(
-        seconds=seconds, tokens_per_second=tokens / seconds, utilisation=work / seconds / rate,
-        matrix_rate=rate, peak=memory, before=before,
+        seconds=seconds, cpu_seconds=sorted(cpu[1:])[args.repeat // 2],
+        tokens_per_second=tokens / seconds, utilisation=work / seconds / rate, matrix_rate=rate,
+        peak=memory, before=before,
         parts={name: s / args.repeat for name, s in parts.seconds.items()})))
     dist.destroy_process_group()
 
@@ -366,7 +368,8 @@ def main():
             print(f"{arm}: no result ({said})")
             continue
         results[arm] = r
-        print(f"{arm:6s} {r['seconds']:8.2f} s  {r['tokens_per_second']:9,.0f} tokens/s  "
+        print(f"{arm:6s} {r['seconds']:8.2f} s ({r['cpu_seconds']:.2f} of CPU)  "
+              f"{r['tokens_per_second']:9,.0f} tokens/s  "
               f"{r['utilisation']:6.1%} of {r['matrix_rate'] / 1e12:.3g} TFLOP/s  peak "
               f"{r['peak'] / 2**30:.2f} GiB, {(r['peak'] - r['before']) / 2**30:.2f} of the update")
         for name, seconds in r["parts"].items():
