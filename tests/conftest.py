@@ -1,4 +1,5 @@
 """Fixtures of several test files. Those of finished runs hold one run each, for all tests of it."""
+import os
 import sys
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: it reads it once
 
 
 def pytest_configure(config):

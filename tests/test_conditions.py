@@ -5,15 +5,14 @@ import re
 import subprocess
 import sys
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 import torch
 
 import epistemic
 import generate_conditions as conditions
+from common import ROOT, refusal, refusal_of_main
 
-ROOT = Path(__file__).resolve().parent.parent
 TOKENIZERS = ROOT.parent / "shared/data/tokenizers"
 
 # ---------------------------------------------------------------------------------------- prompts
@@ -22,7 +21,7 @@ QUESTION = "What is 1 + 1?\nPlease reason step by step, and put your final answe
 CHAT = [dict(role="user", content=QUESTION)]
 S = "<think>\nWait, 1 + 1 = 2.\n</think>\n\nSo \\boxed{2}."
 CLOSE = "Correctly solve the original question."
-SHOWN = {  # context: what stands behind the question, as Sec. 3 and App. C print it
+SHOWN = {  # context: what stands after the question, as Sec. 3 and App. C print it
     "full": f"\n\nCorrect solution: {S}\n\n{CLOSE}",
     "without_think": f"\n\nCorrect solution: So \\boxed{{2}}.\n\n{CLOSE}",
     "regenerated": f"\n\nCorrect solution: {S}\n\n{CLOSE}",
@@ -33,7 +32,8 @@ SHOWN = {  # context: what stands behind the question, as Sec. 3 and App. C prin
 }
 TURN = "<|im_end|>\n<|im_start|>assistant\n"
 TABLE_12 = {  # model: (what comes before the user's text, what comes after with thinking, without)
-    "deepseek-r1-distill-qwen": ("<｜begin▁of▁sentence｜><｜User｜>", "<｜Assistant｜><think>\n", None),
+    "deepseek-r1-distill-qwen": (
+        "<｜begin▁of▁sentence｜><｜User｜>", "<｜Assistant｜><think>\n", None),
     "qwen3": ("<|im_start|>user\n", TURN, TURN + "<think>\n\n</think>\n\n"),
     "olmo-3-instruct": (
         "<|im_start|>system\nYou are a helpful function-calling AI assistant. You do not currently "
@@ -111,6 +111,7 @@ def test_first_correct():
     assert conditions.first_correct(group("a", "0011")) == "a2"
     assert conditions.first_correct(group("a", "1000")) == "a0"
     assert conditions.first_correct(group("a", "0000")) == "a0"  # authors' code
+    assert conditions.first_correct(group("a", "0111", cut="12")) == "a3"  # a cut one is never s
 
 
 def test_pairs_are_as_many_of_each_a_question_in_the_same_order():
@@ -189,7 +190,7 @@ def question(i):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Every chat that `ask` gets, as (question, its text behind it): the answers are scripted."""
+    """Every chat that `ask` gets, as (question, its text after it): the answers are scripted."""
     chats_seen = []
 
     def ask(llm, verifier, tokenizer, chats, golds, seed, args):
@@ -301,7 +302,7 @@ def test_a_run_that_was_cut_goes_on_and_ends_alike(asked, tmp_path, monkeypatch,
     ask, engine = conditions.ask, Namespace(
         llm_engine=Namespace(engine_core=Namespace(shutdown=lambda: None)))
     for name, value in dict(
-            load_tokenizer=lambda args: (None, Namespace(max_position_embeddings=4096)),
+            load_tokenizer=lambda model, longest: (None, Namespace(max_position_embeddings=4096)),
             with_prompts=lambda source, tokenizer, args: [
                 dict(question(i), index=None) for i in range(35)],
             start_process_group=lambda: torch.device("cpu"), Verifier=contextlib.nullcontext,
@@ -375,40 +376,32 @@ def test_defaults_are_the_papers():
     assert {name: getattr(args, name) for name in sec_3_and_4} == sec_3_and_4
 
 
-def refused(capsys, args, positions=131072):
-    with pytest.raises(SystemExit) as caught:
-        conditions.check_args(args, Namespace(max_position_embeddings=positions))
-    err = capsys.readouterr().err
-    assert caught.value.code == 2 and err.startswith("error: ") and len(err.splitlines()) == 1
-    return err
-
-
 @pytest.mark.parametrize("low, high", [(0, 0.5), (0.5, 0.125), (0.5, 1.5), (-1, 0.5), ("nan", 0.5)])
-def test_accuracy_has_bounds(capsys, low, high):
-    assert "--accuracy" in refused(capsys, parse("--accuracy", low, high))
+def test_accuracy_has_bounds(low, high):
+    assert "--accuracy" in refusal(conditions.check_args, parse("--accuracy", low, high))
 
 
 @pytest.mark.parametrize("flags, said", [
     (["--temperature", 0], "--temperature"), (["--sft_examples", -1], "--sft_examples")])
-def test_other_limits(capsys, flags, said):
-    assert said in refused(capsys, parse(*flags))
+def test_other_limits(flags, said):
+    assert said in refusal(conditions.check_args, parse(*flags))
 
 
-def test_a_context_needs_room_for_the_question_the_solution_and_an_answer(capsys):
-    longest = 2048 + 32768 + 1024
-    conditions.check_args(parse(), Namespace(max_position_embeddings=longest))
-    assert f"{longest - 1:,} positions of x" in refused(capsys, parse(), longest - 1)
-
-
-def test_a_folder_goes_on_as_it_was_begun(tmp_path, capsys):
-    flags, config = ["--out", tmp_path / "out"], Namespace(max_position_embeddings=131072)
-    conditions.check_args(parse(*flags), config)  # new
+def test_a_folder_goes_on_as_it_was_begun(tmp_path):
+    flags = ["--out", tmp_path / "out"]
+    conditions.check_args(parse(*flags))  # new
+    (tmp_path / "out").mkdir()
     conditions.write_lines(tmp_path / "out/config.json", [vars(parse(*flags))])
-    conditions.check_args(parse(*flags), config)
-    err = refused(capsys, parse(*flags, "--seed", 1))
-    assert err.startswith(f"error: --seed 1: {tmp_path}/out was begun with 0")
-    assert "--accuracy [0.25, 0.5]" in refused(capsys, parse(*flags, "--accuracy", 0.25, 0.5))
-    assert "--model y" in refused(capsys, parse(*flags, "--model", "y"))
+    conditions.check_args(parse(*flags))
+
+    def refused(*more):
+        return refusal(conditions.check_args, parse(*flags, *more))
+    assert refused("--seed", 1).startswith(f"error: --seed 1: {tmp_path}/out was begun with 0")
+    assert "--accuracy [0.25, 0.5]" in refused("--accuracy", 0.25, 0.5)
+    assert "--model y" in refused("--model", "y")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/file").write_text("")
+    assert "holds something else" in refused("--out", tmp_path / "other")
 
 
 @pytest.mark.parametrize("flags, said", [
@@ -416,22 +409,17 @@ def test_a_folder_goes_on_as_it_was_begun(tmp_path, capsys):
     (["--accuracy", "0.5"], "--accuracy"),
     (["--data", "no/such.jsonl"], "no/such.jsonl"),
     (["--data", "broken.jsonl"], "broken.jsonl, line 1"),
-    (["--max_response_tokens", "4000"], "4,096 positions"),
+    # a context needs room for the question, the solution and an answer
+    (["--max_prompt_tokens", "2048", "--max_response_tokens", "1025"], "4,097, more than"),
     (["--model", "empty"], "--model empty"),
     (["--nonsense"], "--nonsense"),
 ])
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, flags, said):
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, flags, said):
     (tmp_path / "good.jsonl").write_text(json.dumps(dict(problem="1+1?", answer="2")))
     (tmp_path / "broken.jsonl").write_text("{not json\n")
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [
-        "generate_conditions.py", "--model", str(ROOT / "toy/model"), "--data", "good.jsonl",
-        "--max_response_tokens", "64", *flags])  # of one given twice the last counts
-    went_on = "all of it was accepted"
-    monkeypatch.setattr(conditions, "start_process_group", lambda: pytest.fail(went_on))
-    with pytest.raises(SystemExit) as caught:
-        conditions.main()
-    err = capsys.readouterr().err
-    assert caught.value.code == 2 and said in err and len(err.splitlines()) == 1, err
+    assert said in refusal_of_main(conditions, monkeypatch, [
+        "--model", ROOT / "toy/model", "--data", "good.jsonl", "--max_response_tokens", "64",
+        *flags])  # of a flag given twice the last counts
     assert not (tmp_path / "runs").exists()

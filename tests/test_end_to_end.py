@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,13 +53,13 @@ def wait_for(condition, job):
         time.sleep(0.05)
 
 
-def process_of(job, rank):
-    """The process id of one of torchrun's ranks."""
+def process_of(job, script, rank):
+    """The process id of one of torchrun's ranks; what it has started itself has its environment."""
     for pid in kill.family(job.pid):
         with contextlib.suppress(OSError):
-            with open(f"/proc/{pid}/environ", "rb") as environ:
-                if f"\0RANK={rank}\0".encode() in environ.read():
-                    return pid
+            said = [Path(f"/proc/{pid}/{name}").read_bytes() for name in ("environ", "cmdline")]
+            if f"\0RANK={rank}\0".encode() in said[0] and f"\0{script}\0".encode() in said[1]:
+                return pid
 
 
 def newest(run_dir):
@@ -147,13 +148,13 @@ def rewarded(tmp_path_factory):
     for pid in kill.family(job.pid):  # no file grows any more: the next checkpoint does not fit
         with contextlib.suppress(ProcessLookupError):
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
-    full = end(job, code=1)
-    step = newest(run)
+    full, metrics = end(job, code=1), run / "metrics.jsonl"
+    written = len(lines(metrics))  # with steps after the checkpoint: they come again
     job = start("grpo.py", 2, "--model", "toy/model", "--run_dir", run, "--resume",
                 "--save_every", 100)
-    wait_for(lambda: len(lines(run / "metrics.jsonl")) > step, job)
+    wait_for(lambda: len(lines(metrics)) > written, job)
     time.sleep(0.5)
-    os.kill(process_of(job, 1), signal.SIGTERM)  # all ranks hear of it
+    os.kill(process_of(job, "grpo.py", 1), signal.SIGTERM)  # all ranks hear of it
     return run, full, end(job)
 
 
@@ -297,7 +298,7 @@ def distilled(studied, tmp_path_factory):
                      "--save_every", 1, "--run_dir", folder / name, *flags)
     job = train("d_ug", 2)
     wait_for((folder / "d_ug/checkpoints/step_1").exists, job)
-    os.kill(process_of(job, 1), signal.SIGKILL)
+    os.kill(process_of(job, "sft_distill.py", 1), signal.SIGKILL)
     said = end(job, code=1)
     return folder, said, end(train("d_ug", 1, "--resume")) + end(train("d_sg", 1))
 
@@ -319,9 +320,10 @@ def evaluated(distilled, tmp_path_factory):
     there before."""
     folder, out = tmp_path_factory.mktemp("evaluate"), distilled[0] / "eval"
     tuned = {name: newest(distilled[0] / name) for name in ("d_ug", "d_sg")}
-    argv = ["--model", *(distilled[0] / f"{name}/checkpoints/step_{n}" for name, n in tuned.items()),
-            "toy/model", "--data", *(few(DATA / f"{name}.jsonl", 6, folder) for name in ("in", "ood")),
-            "--samples", 2, "--max_response_tokens", 150, "--out", out]
+    checkpoints = [distilled[0] / f"{name}/checkpoints/step_{n}" for name, n in tuned.items()]
+    sets = [few(DATA / f"{name}.jsonl", 6, folder) for name in ("in", "ood")]
+    argv = ["--model", *checkpoints, "toy/model", "--data", *sets, "--samples", 2,
+            "--max_response_tokens", 150, "--out", out]
     args = evaluate.parse_args([str(a) for a in argv])
     args.temperature, args.top_p, args.top_k = evaluate.SAMPLING["Qwen3 thinking"]
     (out / "model").mkdir(parents=True)
@@ -329,7 +331,8 @@ def evaluated(distilled, tmp_path_factory):
     evaluate.write_lines(out / "model/few_in.jsonl", [
         epistemic.record("hmm", 1.0, 7, True, benchmark="few_in", index=i, question="?", answer="1")
         for i in range(6) for _ in range(2)])
-    return out, [f"{name}/step_{n}" for name, n in tuned.items()], end(start("evaluate.py", 2, *argv))
+    said = end(start("evaluate.py", 2, *argv))
+    return out, [f"{name}/step_{n}" for name, n in tuned.items()], said
 
 
 def test_evaluation(evaluated):
@@ -356,7 +359,8 @@ def test_report(trained, studied, evaluated, tmp_path):
     """Tables and picture from the files of runs; two folders give means and deviations."""
     for seed in ("seed_0", "seed_1"):
         (tmp_path / seed / "sft").mkdir(parents=True)
-        for name, run in {"sdpo": trained, "conditions": studied[0], "sft/eval": evaluated[0]}.items():
+        left = {"sdpo": trained, "conditions": studied[0], "sft/eval": evaluated[0]}
+        for name, run in left.items():
             (tmp_path / seed / name).symlink_to(run)
 
     def report(*folders):

@@ -1,16 +1,12 @@
-"""evaluate.py: pass@k against enumeration, the summary by hand, Table 11."""
+"""evaluate.py: pass@k against enumeration, the summary by hand, Table 11, the names of models."""
 import itertools
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import shutil
 
 import pytest
 
 import evaluate
-
-ROOT = Path(__file__).resolve().parent.parent
+from common import ROOT, refusal, refusal_of_main
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 7])
@@ -27,14 +23,34 @@ def test_pass_at_k_of_too_few_answers(k):
         evaluate.pass_at_k(3, 1, k)
 
 
-def test_summary_by_hand():
+def test_summary_and_table_by_hand():
     records = [dict(index=i, correct=c, tokens=t, finished=f, epistemic=e) for i, c, t, f, e in [
-        (0, 1.0, 10, True, 1), (0, 1.0, 20, True, 2), (1, 0.0, 30, False, 3), (1, 1.0, 40, True, 6)]]
+        (0, 1.0, 10, True, 1), (0, 1.0, 20, True, 2), (1, 0.0, 30, False, 3),
+        (1, 1.0, 40, True, 6)]]
     s = evaluate.summarise(records, 2)
     assert s["questions"] == 2 and s["score"] == 0.75 and s["pass_at"] == {1: 0.75, 2: 1.0}
     assert s["length"] == 25 and s["truncated"] == 0.25 and s["epistemic"] == 3
     assert s["standard_error"] == pytest.approx(0.25)  # accuracies 1 and .5, over 2 questions
-    assert "0.750" in evaluate.table(dict(amc23=s))
+    alone = evaluate.summarise(records[:2], 2)
+    assert alone["standard_error"] is None  # the spread of one question is unknown
+    lines = evaluate.table({"base": dict(amc23=s, aime24=alone),
+                            "sdpo/step_10": dict(amc23=alone, aime24=s)}).splitlines()
+    assert [line.split() for line in lines] == [
+        ["amc23,", "2", "questions", "score", "pass@2", "length", "cut", "epistemic"],
+        ["base", "0.750", "±", "0.250", "1.000", "25", "25.0%", "3.0"],
+        ["sdpo/step_10", "1.000", "1.000", "15", "0.0%", "1.5"],
+        ["aime24,", "1", "questions", "score", "pass@2", "length", "cut", "epistemic"],
+        ["base", "1.000", "1.000", "15", "0.0%", "1.5"],
+        ["sdpo/step_10", "0.750", "±", "0.250", "1.000", "25", "25.0%", "3.0"]]
+    assert len(set(map(len, lines))) == 1  # in columns
+
+
+@pytest.mark.parametrize("model, name", [
+    ("Qwen/Qwen3-8B", "Qwen3-8B"), ("toy/model/", "model"), ("model", "model"),
+    ("runs/sdpo/checkpoints/step_10", "sdpo/step_10"),
+    ("/r/d_ug/checkpoints/step_9/", "d_ug/step_9")])
+def test_a_checkpoint_is_named_after_its_run(model, name):
+    assert evaluate.model_name(model) == name
 
 
 @pytest.mark.parametrize("model_type, template, thinking, expected", [
@@ -48,26 +64,42 @@ def test_sampling_of_table_11(model_type, template, thinking, expected):
 
 
 def test_defaults_are_the_papers():
-    args = evaluate.parse_args(["--model", "x"])
+    args = evaluate.parse_args(["--model", "x", "y"])
+    assert args.model == ["x", "y"]
     assert (args.samples, args.max_response_tokens) == (16, 38912)
     assert args.data == ["aime24", "aime25", "amc23", "math500"]
 
 
 @pytest.mark.parametrize("flags, said", [
     (["--model", "no/such"], "--model no/such"),
+    (["--model", "a/model", "b/model"], "--model: two have one name (model model)"),
+    (["--model", "a/model", "larger"], "--model larger: another shape than a/model"),
     (["--data", "no/such.parquet"], "no/such.parquet"),
-    (["--data", "a/in.jsonl", "b/in.jsonl"], "two benchmarks have one name"),
-    (["--out", "full"], "--out full already holds results"),
+    (["--data", "a/in.jsonl", "b/in.jsonl"], "--data: two have one name (in in)"),
+    (["--out", "full"], "--out full holds something else"),
     (["--samples", "0"], "--samples"),
+    (["--top_p", "0"], "--top_p 0.0"),
 ])
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, flags, said):
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, flags, said):
+    for folder in ("a/model", "b/model", "larger"):
+        shutil.copytree(ROOT / "toy/model", tmp_path / folder,
+                        ignore=shutil.ignore_patterns("*.safetensors"))
+    config = tmp_path / "larger/config.json"
+    config.write_text(json.dumps(dict(json.loads(config.read_text()), vocab_size=600)))
     (tmp_path / "full").mkdir()
     (tmp_path / "full/summary.json").write_text("precious")
-    for name, value in {"--model": str(ROOT / "toy/model"),
-                        "--data": str(ROOT / "toy/data/in.jsonl")}.items():
-        flags = flags if name in flags else [*flags, name, value]
-    result = subprocess.run([sys.executable, ROOT / "evaluate.py", *flags], cwd=tmp_path,
-                            env=dict(os.environ, HF_HUB_OFFLINE="1"), capture_output=True, text=True)
-    assert result.returncode == 2, result.stderr
-    assert said in result.stderr and len(result.stderr.strip().splitlines()) == 1, result.stderr
-    assert (tmp_path / "full/summary.json").read_text() == "precious"
+    monkeypatch.chdir(tmp_path)
+    assert said in refusal_of_main(evaluate, monkeypatch, [
+        "--model", ROOT / "toy/model", "--data", ROOT / "toy/data/in.jsonl", *flags])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_goes_on_as_it_was_begun(tmp_path):
+    def check(*flags):
+        args = evaluate.parse_args(["--model", "x", "--top_p", "1", "--top_k", "0", *flags])
+        evaluate.check_args(args, tmp_path)
+        return args
+    evaluate.write_lines(tmp_path / "config.json", [vars(check())])
+    check("--model", "x", "y")  # more models
+    assert "--samples 4" in refusal(check, "--samples", "4")
+    assert "was begun with 16" in refusal(check, "--samples", "4")

@@ -404,7 +404,6 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/metrics.jsonl").write_text("precious")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return tmp_path
 
 
