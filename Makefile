@@ -13,21 +13,22 @@ RUN := $(QUIET) OMP_NUM_THREADS=1 $(BIN)/python
 # What demo and study run, in the folder $(OUT): the scripts at the toy's size.
 OUT := runs/demo
 SEED := 0
-# about half of the study's steps, at 1.5 times its rates and with 12 questions for 16
+# about half of the steps of the study, at 1.5 and 2 times its rates, 12 questions for 16
 STEPS := 16
 QUESTIONS := 12
 WARMUP := 3
 GRPO_LR := 1.5e-4
-SDPO_LR := 3e-4
+SDPO_LR := 4e-4
 STUDIED := --num_questions 45 --sft_examples 96 --questions_per_round 150
 EPOCHS := 6
 SAMPLES := 1
-TOY := --model toy/model --max_response_tokens 480 --seed $(SEED)
+TOY := --max_response_tokens 480 --seed $(SEED) --model toy/model
 TESTS := toy/data/in.jsonl toy/data/ood.jsonl
 EVAL := --eval_every 8
-TRAIN := $(TOY) --eval_data $(TESTS) $(EVAL) --data toy/data/train.jsonl --questions_per_step $(QUESTIONS) \
-    --minibatch_questions $(QUESTIONS) --steps $(STEPS) --warmup_steps $(WARMUP) --save_every $(STEPS) \
-    --tokens_per_micro_batch 8192 --no-recompute_layers
+TRAIN := $(TOY) --eval_data $(TESTS) $(EVAL) --data toy/data/train.jsonl --steps $(STEPS) \
+    --questions_per_step $(QUESTIONS) --minibatch_questions $(QUESTIONS) \
+    --warmup_steps $(WARMUP) --save_every $(STEPS) --tokens_per_micro_batch 8192 \
+    --no-recompute_layers
 ended = $(1:%=$(OUT)/%/eval/step_$(STEPS).json)
 # |D| = 512: 30 steps of 16 see each question at most once
 grpo := grpo.py --num_questions 512 --lr $(GRPO_LR)
@@ -60,11 +61,11 @@ $(OUT)/conditions/summary.json:
 	$(RUN) generate_conditions.py $(TOY) --data toy/data/train.jsonl $(STUDIED) --out $(@D)
 $(OUT)/sft/eval/summary.json: $(OUT)/conditions/summary.json
 	rm -rf $(OUT)/sft
-	for d in d_ug d_sg; do $(RUN) sft_distill.py --model toy/model --data $(<D)/$$d.jsonl --lr 1e-4 \
-	    --batch_size 8 --epochs $(EPOCHS) --seed $(SEED) --max_response_tokens 480 --tokens_per_micro_batch 8192 \
-	    --save_every 1000 --no-recompute_layers --run_dir $(OUT)/sft/$$d || exit; done
-	$(RUN) evaluate.py --model toy/model $(OUT)/sft/*/checkpoints/step_* --samples $(SAMPLES) --top_k 0 \
-	    --data $(TESTS) --max_response_tokens 480 --seed $(SEED) --out $(@D)
+	for d in d_ug d_sg; do $(RUN) sft_distill.py $(TOY) --data $(<D)/$$d.jsonl --lr 1e-4 \
+	    --batch_size 8 --epochs $(EPOCHS) --tokens_per_micro_batch 8192 --save_every 1000 \
+	    --no-recompute_layers --run_dir $(OUT)/sft/$$d || exit; done
+	$(RUN) evaluate.py $(TOY) $(OUT)/sft/*/checkpoints/step_* --samples $(SAMPLES) --top_k 0 \
+	    --data $(TESTS) --out $(@D)
 $(OUT)/%/eval/step_$(STEPS).json:
 	rm -rf $(OUT)/$*
 	$(RUN) $($*) $(TRAIN) --run_dir $(OUT)/$*
