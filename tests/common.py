@@ -1,5 +1,6 @@
 """What several test files do."""
 import contextlib
+import functools
 import io
 import json
 import multiprocessing
@@ -14,6 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "toy/data"
+TOKENIZERS = ROOT.parent / "shared/data/tokenizers"
+needs_tokenizers = pytest.mark.skipif(
+    not TOKENIZERS.exists(), reason="needs the real tokenizers beside the project")
 CPU = torch.device("cpu")
 # Ranks come from a server that has imported once: torch forbids backward in forks of this process.
 FORKS = multiprocessing.get_context("forkserver")
@@ -30,6 +34,14 @@ def few(path, n, folder):
     small = folder / f"few_{path.stem}.jsonl"
     small.write_text("".join(path.read_text().splitlines(True)[:n]))
     return small
+
+
+@functools.cache
+def tokenizer_of(name):
+    """The tokenizer of one of the paper's models, or the toy's."""
+    from transformers import AutoTokenizer
+    return AutoTokenizer.from_pretrained(
+        ROOT / "toy/model" if name == "toy" else TOKENIZERS / name)
 
 
 def toy(dtype=torch.float32):

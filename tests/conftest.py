@@ -7,6 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: for matrices as small as the toy's the quickest
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: it reads it once
 
 
@@ -25,5 +26,5 @@ def alone():
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    from transformers import AutoTokenizer
-    return AutoTokenizer.from_pretrained(ROOT / "toy/model")
+    from common import tokenizer_of
+    return tokenizer_of("toy")

@@ -1,5 +1,4 @@
 """Answers that a model could write to stop, crash or fool the verifier: none of them is right."""
-import itertools
 
 
 def corpus():
@@ -14,11 +13,10 @@ def corpus():
 
     def tower(base, height):
         return f"{base}^{{" * height + base + "}" * height
-    for base, height in itertools.product(("2", "9", "x"), (3, 10, 500)):
+    for base, height in (("9", 4), ("9", 500), ("x", 10)):
         add("tower of powers", box(tower(base, height)))
-    for n, marks in itertools.product((5, 1000, 10**9), ("!", "!!", "!!!!!!")):
-        add("factorial of factorials", box(f"({n}!){marks[1:]}" if marks[1:] else f"{n}!"))
-    add("nested factorial", *(box("(" * 60 + "9" + "!)" * 60), "7"))
+    for factorial in ("(1000!)!", "(((10^{10})!)!)!", "1" + "!" * 200, "(" * 60 + "9" + "!)" * 60):
+        add("factorial of factorials", box(factorial))
     for digits in (1_000, 10_000, 100_000, 1_000_000):
         add("long number", box("1" * digits), "7", "1" * 30)
         add("long decimal", box("0." + "3" * digits), "7")
@@ -48,9 +46,9 @@ def corpus():
             add("matrix", box(rf"\begin{{{kind}}}{body}\end{{{kind}}}"), "7",
                 r"\begin{pmatrix}1\end{pmatrix}")
     for endless in (r"\sum_{n=1}^{\infty} n", r"\sum_{n=1}^{\infty} \frac{1}{n}",
-                    r"\prod_{n=1}^{\infty} n", r"\int_{0}^{\infty} e^{e^{x}} dx",
+                    r"\int_{0}^{\infty} e^{e^{x}} dx",
                     r"\lim_{x\to\infty} x^{x^{x}}", r"\sum_{n=1}^{10^{12}} \frac{1}{n^{n}}",
-                    r"\prod_{n=1}^{10^9} n!", r"\int \int \int e^{x^{y^{z}}} dx dy dz",
+                    r"\int \int \int e^{x^{y^{z}}} dx dy dz",
                     r"\binom{10^9}{5\cdot 10^8}", r"\sin(\sin(\sin(10^{10^{10}})))",
                     r"\log(\log(10^{10^{10^{10}}}))", r"\sqrt[10^{10}]{10^{10^{10}}}",
                     r"10^{10^{10}} \mod 7", r"\infty", r"-\infty", "nan", "inf", "1e999999999",
@@ -65,6 +63,15 @@ def corpus():
                  "open('/etc/passwd').read()", "Symbol('x')", "7 if True else 8", "exit()",
                  "os._exit(0)", "raise SystemExit"):
         add("code", box(code), "7" if "7" not in code else "9")
+    for other in (
+            "9" * 900, "(" * 300 + "540" + ")" * 300, r"\sum_{n=1}^{\infty} \frac{\sin n}{n^{1/7}}",
+            r"\sum_{n=1}^{\infty} \frac{f(7)^n}{n!}", r"\lim_{x\to\infty} x^{x!}",
+            r"\def\x{\x\x}\x", "540\x00", "\ud800540", "\u202e045", "\u200f540\u200f541", "५४१",
+            "²",
+            r"\frac{" * 150 + "1" + "}{2}" * 150, "x^{" * 100 + "2" + "}" * 100, "$" * 900,
+            r"\operatorname{exit}(1)", r"\text{" * 100 + "540" + "}" * 99, r"0.\overline{3}" * 50,
+            ", ".join(map(str, range(1000)))):
+        add("not 540", box(other), "540")
     add("think closed ten times", "</think>" * 10 + box("8"))
     add("think closed early", "</think> \\boxed{7} <think> no </think>" + box("8"))
     add("think never closed", "<think>" * 1000 + box("8"))

@@ -2,7 +2,6 @@
 import contextlib
 import json
 import re
-import subprocess
 import sys
 from argparse import Namespace
 
@@ -11,9 +10,8 @@ import torch
 
 import epistemic
 import generate_conditions as conditions
-from common import ROOT, refusal, refusal_of_main
+from common import ROOT, needs_tokenizers, refusal, refusal_of_main, tokenizer_of
 
-TOKENIZERS = ROOT.parent / "shared/data/tokenizers"
 
 # ---------------------------------------------------------------------------------------- prompts
 
@@ -43,10 +41,8 @@ TABLE_12 = {  # model: (what comes before the user's text, what comes after with
 }
 
 
-def assert_prompts(folder, name):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+def assert_prompts(name):
+    tokenizer = tokenizer_of(name)
     before, thinking, off = TABLE_12[name]
     chats = [(CHAT, QUESTION)]  # (1): the plain question
     chats += [(conditions.guided_messages(CHAT, context, S), QUESTION + shown)
@@ -59,14 +55,14 @@ def assert_prompts(folder, name):
                 assert ids.count(tokenizer.bos_token_id) == before.count(tokenizer.bos_token)
 
 
-@pytest.mark.skipif(not TOKENIZERS.exists(), reason="needs the real tokenizers beside the project")
+@needs_tokenizers
 @pytest.mark.parametrize("name", [name for name in TABLE_12 if name != "toy"])
 def test_prompts_of_the_papers_models(name):
-    assert_prompts(TOKENIZERS / name, name)
+    assert_prompts(name)
 
 
 def test_prompts_of_the_toy():
-    assert_prompts(ROOT / "toy/model", "toy")
+    assert_prompts("toy")
 
 
 def test_contexts_are_the_tables_rows():
@@ -354,18 +350,6 @@ def test_a_run_that_was_cut_goes_on_and_ends_alike(asked, tmp_path, monkeypatch,
 
 def parse(*flags):
     return conditions.parse_args(["--model", "x", *map(str, flags)])
-
-
-def test_help(capsys):
-    with pytest.raises(SystemExit) as caught:
-        conditions.parse_args(["--help"])
-    assert caught.value.code == 0 and "--sft_examples" in capsys.readouterr().out
-
-
-def test_scripts_start_without_vllm_and_transformers():  # all in one, since torch takes its time
-    code = ("import sys, grpo, sft_distill, generate_conditions; "
-            "assert not {'vllm', 'transformers'} & set(sys.modules)")
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_defaults_are_the_papers():

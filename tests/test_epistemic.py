@@ -137,6 +137,16 @@ def test_record_shapes(record, responses, total, tokens, accuracy):
         responses, total, tokens, accuracy)
 
 
+def test_records_averages_and_their_line():
+    records = [epistemic.record("Wait, maybe 4.", 1.0, 10, True, index=7),
+               epistemic.record("So 4.", 0.0, 1010, False)]
+    assert records[0] == dict(index=7, correct=1.0, tokens=10, finished=True, epistemic=2,
+                              response="Wait, maybe 4.")
+    means = epistemic.averages(records)
+    assert means == dict(score=0.5, length=510, epistemic=1, truncated=0.5)
+    assert epistemic.line(means) == "score 0.500  len    510  epistemic   1.0"
+
+
 def test_numbers_are_averaged_over_the_responses_that_have_them():
     got = summarize([dict(response="", tokens=4), dict(response=""), dict(response="", correct=1)])
     assert (got["responses"], got["tokens"], got["accuracy"]) == (3, 4, 1)

@@ -324,12 +324,6 @@ def test_epochs_are_complete_and_differ():
 # ---------------------------------------------------------------------------------------- command
 
 
-def test_help(capsys):
-    with pytest.raises(SystemExit) as caught:
-        grpo.parse_args(["--help"])
-    assert caught.value.code == 0 and "--clip_high" in capsys.readouterr().out
-
-
 def test_defaults_are_the_papers():
     args = grpo.parse_args(["--model", "x"])
     table_8_and_9 = dict(

@@ -1,16 +1,12 @@
 """No answer of hostile.py stops the verifier, crashes it, or passes for right."""
 import resource
-import sys
 import time
 from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 import hostile
 from verifier import Verifier
 
-LIMIT, WORKERS = 1.0, 2
+LIMIT, WORKERS = 0.5, 2
 START = 4.0  # seconds for a worker that takes the place of a killed one, at most
 
 
@@ -30,6 +26,7 @@ def test_hostile_answers():
         assert verifier.verify(["\\boxed{7}", "\\boxed{8}"], ["7", "7"]) == [1.0, 0.0]  # it lives
     seconds = time.monotonic() - start
     stopped = verifier.timeouts + verifier.crashes
+    assert stopped >= 5  # or they would not be hostile
     assert seconds < stopped * (LIMIT + START) / WORKERS + 30  # the others take no time to speak of
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert grown < 500 * 1024  # KiB, of this process: the workers have a limit of their own

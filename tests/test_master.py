@@ -3,7 +3,6 @@ from argparse import Namespace
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import sdpo
 from common import learner, on_ranks

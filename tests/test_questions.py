@@ -1,4 +1,4 @@
-"""verifier.load_questions: every schema that the paper's files come in, and what it says of others."""
+"""verifier.load_questions: every schema of the paper's files, and what it says of others."""
 import json
 from pathlib import Path
 
@@ -7,9 +7,9 @@ import pytest
 from verifier import INSTRUCTION, load_questions
 
 BENCHMARKS = Path(__file__).resolve().parent.parent.parent / "shared/data/benchmarks"
-DAPO = ("Solve the following math problem step by step. The last line of your response should be of "
-        "the form Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n"
-        "What is 1 + 1?\n\nRemember to put your answer on its own line after \"Answer:\".")
+DAPO = ("Solve the following math problem step by step. The last line of your response should be "
+        "of the form Answer: $Answer (without quotes) where $Answer is the answer to the problem."
+        "\n\nWhat is 1 + 1?\n\nRemember to put your answer on its own line after \"Answer:\".")
 CHAT = [dict(role="user", content="What is 1 + 1?")]
 ASKED = "What is 1 + 1?" + INSTRUCTION
 

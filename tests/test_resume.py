@@ -1,5 +1,7 @@
-"""What a checkpoint holds comes back exactly; it is whole or is not one. Whole runs that are killed:
-test_end_to_end.py, and tests/kill.py for as long as you like."""
+"""What a checkpoint holds comes back exactly; it is whole or is not one.
+
+Whole runs that are killed: test_end_to_end.py, and tests/kill.py for as long as you like.
+"""
 import json
 import resource
 import subprocess
@@ -12,7 +14,8 @@ from safetensors import SafetensorError
 import sdpo
 from common import ROOT, lines, on_ranks, refusal, toy
 
-NOT_WRITTEN = (OSError, SafetensorError, sdpo.dcp.api.CheckpointException)  # what main()'s caller names
+# what ends a run with one line: the last lines of sdpo.py
+NOT_WRITTEN = (OSError, SafetensorError, sdpo.dcp.api.CheckpointException)
 
 
 def make(dtype=torch.float32):
@@ -108,7 +111,7 @@ def cut(path):
 
 @pytest.mark.parametrize("name, harm", [
     ("__0_0.distcp", cut), ("__0_0.distcp", type(ROOT).unlink), (".metadata", cut)])
-def test_a_checkpoint_that_does_not_load_is_named_and_passed_over(run, tokenizer, capsys, name, harm):
+def test_one_that_does_not_load_is_named_and_passed_over(run, tokenizer, capsys, name, harm):
     trained = make()
     for number in (1, 2):
         step(*trained)

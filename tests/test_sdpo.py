@@ -2,12 +2,8 @@
 import itertools
 import json
 import math
-import os
 import random
 import signal
-import subprocess
-import sys
-import time
 from argparse import Namespace
 
 import numpy as np
@@ -15,10 +11,9 @@ import pytest
 import torch
 
 import sdpo
-from common import (
-    CPU, ROOT, assert_same_gradient, learner, on_ranks, refusal_of_main, toy)
+from common import (CPU, ROOT, assert_same_gradient, learner, needs_tokenizers, on_ranks,
+                    refusal_of_main, tokenizer_of, toy)
 
-TOKENIZERS = ROOT.parent / "shared/data/tokenizers"
 torch.manual_seed(0)
 
 
@@ -333,7 +328,8 @@ def test_stale_engine_is_noticed():
 QUESTION = "What is 1 + 1?\nPlease reason step by step, and put your final answer within \\boxed{}."
 REPROMPT = QUESTION + "\nCorrect solution:\n\nS\n\nCorrectly solve the original question."
 TABLE_12 = {  # model: (what comes before the user's text, what comes after with thinking, without)
-    "deepseek-r1-distill-qwen": ("<｜begin▁of▁sentence｜><｜User｜>", "<｜Assistant｜><think>\n", None),
+    "deepseek-r1-distill-qwen": (
+        "<｜begin▁of▁sentence｜><｜User｜>", "<｜Assistant｜><think>\n", None),
     "qwen3": ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n",
               "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"),
     "olmo-3-instruct": (
@@ -343,12 +339,10 @@ TABLE_12 = {  # model: (what comes before the user's text, what comes after with
 }
 
 
-@pytest.mark.skipif(not TOKENIZERS.exists(), reason="needs the real tokenizers beside the project")
+@needs_tokenizers
 @pytest.mark.parametrize("name", TABLE_12)
 def test_prompts_of_the_papers_models(name):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZERS / name)
+    tokenizer = tokenizer_of(name)
     before, thinking, off = TABLE_12[name]
     chat = [dict(role="user", content=QUESTION)]
     for messages, text in ((chat, QUESTION), (sdpo.teacher_messages(chat, "S"), REPROMPT)):
@@ -369,14 +363,6 @@ def test_prompts_of_the_toy(tokenizer):
 
 
 # ---------------------------------------------------------------------------------------- command
-
-
-def test_help_is_quick():
-    start = time.time()
-    assert "--questions_per_step" in subprocess.run(
-        [sys.executable, "sdpo.py", "--help"], cwd=ROOT, check=True, capture_output=True,
-        text=True).stdout
-    assert time.time() - start < 10  # 3 s idle: it loads neither vLLM nor transformers
 
 
 def test_defaults_are_the_papers():
@@ -401,8 +387,6 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "no_question.jsonl").write_text(rows[2])
     (tmp_path / "bad.parquet").write_text("no parquet")
     (tmp_path / "empty").mkdir()
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full/metrics.jsonl").write_text("precious")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -427,7 +411,7 @@ FLAGS = ["--model", ROOT / "toy/model", "--data", "good.jsonl", "--eval_data", "
     (["--gpu_memory_utilization", "1.1"], "--gpu_memory_utilization 1.1"),
     (["--temperature", "0"], "--temperature"),
     (["--eval_data", "no/such.json"], "no/such.json"),
-    (["--eval_data", "good.jsonl", "full/good.parquet"], "two benchmarks have one name"),
+    (["--eval_data", "good.jsonl", "other/good.parquet"], "two benchmarks have one name"),
     (["--max_response_tokens", "9999"], "positions"),
     (["--nonsense"], "--nonsense"),
 ])
@@ -439,11 +423,3 @@ def test_bad_input_is_one_line_and_exit_code_2(here, monkeypatch, flags, said):
 def test_the_ranks_must_divide_the_questions(here, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert "the ranks, 3, must divide" in refusal_of_main(sdpo, monkeypatch, FLAGS)
-
-
-def test_a_folder_with_results_is_not_written_into(here):
-    command = [sys.executable, ROOT / "sdpo.py", *FLAGS, "--run_dir", "full"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert "--run_dir full already holds results" in done.stderr
-    assert [p.read_text() for p in (here / "full").iterdir()] == ["precious"]

@@ -12,10 +12,9 @@ import torch
 
 import kill
 import sft_distill
-from common import (
-    CPU, ROOT, assert_same_gradient, learner, lines, on_ranks, refusal, refusal_of_main, toy)
+from common import (ROOT, assert_same_gradient, learner, lines, needs_tokenizers, on_ranks, refusal,
+                    refusal_of_main, tokenizer_of, toy)
 
-TOKENIZERS = ROOT.parent / "shared/data/tokenizers"
 
 
 def load(path, tokenizer, **more):
@@ -123,12 +122,10 @@ SPEAKS = {  # model: (where the template lets it speak with thinking, without, e
 }
 
 
-@pytest.mark.skipif(not TOKENIZERS.exists(), reason="needs the real tokenizers beside the project")
+@needs_tokenizers
 @pytest.mark.parametrize("name", SPEAKS)
 def test_examples_of_the_papers_models(tmp_path, name):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZERS / name)
+    tokenizer = tokenizer_of(name)
     thinking, off, end = SPEAKS[name]
     path = write(tmp_path / "d.jsonl", dict(prompt=CHAT, response=ANSWER))
     for enabled, prompt in ((True, thinking), (False, off or thinking)):
@@ -325,12 +322,6 @@ def test_a_signal_ends_it_with_a_checkpoint_and_it_goes_on_alike(tmp_path, run, 
 
 
 # ---------------------------------------------------------------------------------------- command
-
-
-def test_help(capsys):
-    with pytest.raises(SystemExit) as caught:
-        sft_distill.parse_args(["--help"])
-    assert caught.value.code == 0 and "--warmup_ratio" in capsys.readouterr().out
 
 
 def test_defaults_are_what_the_docstring_says():

@@ -1,4 +1,4 @@
-"""The embedded default: problems are right, files are what the generator writes, the model is small."""
+"""The embedded default: right problems, files as the generator writes them, a small model."""
 import importlib.util
 import json
 import random
@@ -20,7 +20,8 @@ def test_answers_are_the_smallest_x():
     for low, high in problems.SPLITS.values():
         for p in rng.sample(problems.all_problems(low, high), 300):
             assert low <= p["x"] <= high and problems.MODULI[0] <= p["m"] <= problems.MODULI[1]
-            assert p["x"] == next(x for x in range(p["m"]) if (p["b"] + p["a"] * x) % p["m"] == p["r"])
+            assert p["x"] == next(
+                x for x in range(p["m"]) if (p["b"] + p["a"] * x) % p["m"] == p["r"])
 
 
 @pytest.mark.parametrize("style", problems.STYLE)
@@ -36,8 +37,9 @@ def test_traces_compute_what_they_say(style):
 
 def test_richer_contexts_are_surer():
     rng = random.Random(2)
-    counts = {style: sum(epistemic.count(problems.trace(rng, problems.make_problem(rng, 16, 22), style))
-                         for _ in range(300)) for style in problems.STYLE}
+    counts = {style: sum(
+        epistemic.count(problems.trace(rng, problems.make_problem(rng, 16, 22), style))
+        for _ in range(300)) for style in problems.STYLE}
     order = ["unguided", "without_think", "uncertain", "regenerated", "full"]
     assert sorted(counts, key=counts.get, reverse=True) == order
 

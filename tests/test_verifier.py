@@ -225,28 +225,7 @@ def test_published_cases_at_least_as_often_right_as_math_verify():
     assert ours >= 430
 
 
-# ----------------------------------------------------------------------------------- hostile text
-HOSTILE = [
-    TOWER, "(((10^{10})!)!)!", "9" * 100_000, "9" * 900, "{" * 500_000 + "}" * 500_000,
-    "(" * 300 + "540" + ")" * 300, r"\sum_{n=1}^{\infty} \frac{\sin n}{n^{1/7}}",
-    r"\prod_{n=1}^{10^{12}} n", r"\sum_{n=1}^{10^{12}} \frac{1}{n}", r"\def\x{\x\x}\x",
-    "540\x00", "\ud800540", "\u202e045", "\u200f540\u200f541", "५४१", "²", "1" + "!" * 200,
-    ", ".join(map(str, range(1000))), r"\frac{" * 150 + "1" + "}{2}" * 150,
-    r"\lim_{x\to\infty} x^{x!}", "x^{" * 100 + "2" + "}" * 100,
-    r"\operatorname{exit}(1)", r"\sum_{n=1}^{\infty} \frac{f(7)^n}{n!}", "__import__('os')",
-    "$" * 900, r"\text{" * 100 + "540" + "}" * 99, "1e999999999", r"0.\overline{3}" * 50,
-]
-
-
-def test_hostile_answers_get_a_verdict():
-    with Verifier(workers=2, timeout=0.5) as own:
-        start = time.monotonic()
-        responses = [rf"\boxed{{{h}}}" for h in HOSTILE] + [ALGEBRA[1]]
-        verdicts = own.verify(responses, ["540"] * len(HOSTILE) + [ALGEBRA[0]])
-        assert time.monotonic() - start < 30
-    assert [h[:40] for h, v in zip(HOSTILE, verdicts) if v != 0.0] == []
-    assert verdicts[-1] == 1.0
-    assert own.timeouts >= 1
+# ------------------------------------------------------- hostile text (more of it: test_hostile.py)
 
 
 def test_think_tags_and_unbalanced_boxes(verifier):
