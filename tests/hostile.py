@@ -66,11 +66,10 @@ def corpus():
     for other in (
             "9" * 900, "(" * 300 + "540" + ")" * 300, r"\sum_{n=1}^{\infty} \frac{\sin n}{n^{1/7}}",
             r"\sum_{n=1}^{\infty} \frac{f(7)^n}{n!}", r"\lim_{x\to\infty} x^{x!}",
-            r"\def\x{\x\x}\x", "540\x00", "\ud800540", "\u202e045", "\u200f540\u200f541", "५४१",
-            "²",
-            r"\frac{" * 150 + "1" + "}{2}" * 150, "x^{" * 100 + "2" + "}" * 100, "$" * 900,
-            r"\operatorname{exit}(1)", r"\text{" * 100 + "540" + "}" * 99, r"0.\overline{3}" * 50,
-            ", ".join(map(str, range(1000)))):
+            r"\def\x{\x\x}\x", "540\x00", "\ud800540", "\u202e045", "\u200f540\u200f541",
+            "५४१", "²", r"\frac{" * 150 + "1" + "}{2}" * 150, "x^{" * 100 + "2" + "}" * 100,
+            "$" * 900, r"\operatorname{exit}(1)", r"\text{" * 100 + "540" + "}" * 99,
+            r"0.\overline{3}" * 50, ", ".join(map(str, range(1000)))):
         add("not 540", box(other), "540")
     add("think closed ten times", "</think>" * 10 + box("8"))
     add("think closed early", "</think> \\boxed{7} <think> no </think>" + box("8"))

@@ -321,15 +321,16 @@ def evaluated(distilled, tmp_path_factory):
     folder, out = tmp_path_factory.mktemp("evaluate"), distilled[0] / "eval"
     tuned = {name: newest(distilled[0] / name) for name in ("d_ug", "d_sg")}
     checkpoints = [distilled[0] / f"{name}/checkpoints/step_{n}" for name, n in tuned.items()]
-    sets = [few(DATA / f"{name}.jsonl", 6, folder) for name in ("in", "ood")]
+    sets = [few(DATA / "in.jsonl", 6, folder).rename(folder / "few.jsonl"),  # named as SDPO's is
+            few(DATA / "ood.jsonl", 6, folder)]
     argv = ["--model", *checkpoints, "toy/model", "--data", *sets, "--samples", 2,
             "--max_response_tokens", 150, "--out", out]
     args = evaluate.parse_args([str(a) for a in argv])
     args.temperature, args.top_p, args.top_k = evaluate.SAMPLING["Qwen3 thinking"]
     (out / "model").mkdir(parents=True)
     evaluate.write_lines(out / "config.json", [vars(args)])
-    evaluate.write_lines(out / "model/few_in.jsonl", [
-        epistemic.record("hmm", 1.0, 7, True, benchmark="few_in", index=i, question="?", answer="1")
+    evaluate.write_lines(out / "model/few.jsonl", [
+        epistemic.record("hmm", 1.0, 7, True, benchmark="few", index=i, question="?", answer="1")
         for i in range(6) for _ in range(2)])
     said = end(start("evaluate.py", 2, *argv))
     return out, [f"{name}/step_{n}" for name, n in tuned.items()], said
@@ -340,13 +341,13 @@ def test_evaluation(evaluated):
     (summary,) = lines(out / "summary.json")
     assert list(summary["models"]) == ["model", *tuned]  # checkpoints after what they began with
     for name, rows in summary["models"].items():
-        assert list(rows) == ["few_in", "few_ood"]
+        assert list(rows) == ["few", "few_ood"]
         for benchmark, row in rows.items():
             records = lines(out / name / f"{benchmark}.jsonl")
             assert [r["index"] for r in records] == [i for i in range(6) for _ in range(2)]
             assert row == json.loads(json.dumps(evaluate.summarise(records, 2)))
             assert f"{row['score']:.3f}" in said
-    assert {r["response"] for r in lines(out / "model/few_in.jsonl")} == {"hmm"}  # not asked again
+    assert {r["response"] for r in lines(out / "model/few.jsonl")} == {"hmm"}  # not asked again
     # other weights, the same seed: the engine has every model's
     answers = [(out / name / "few_ood.jsonl").read_text() for name in summary["models"]]
     assert len(set(answers)) == 3 and "Traceback" not in said
@@ -372,7 +373,9 @@ def test_report(trained, studied, evaluated, tmp_path):
     assert f"{contexts['regenerated']['length']:,.0f}" in said and "one seed" in said
     assert f"{after['score']:.3f}" in said and f"{after['epistemic']:.1f}" in said
     models = lines(evaluated[0] / "summary.json")[0]["models"]
-    assert f"{models[evaluated[1][1]]['few_ood']['length']:,.0f}" in said and "SFT on d_sg" in said
+    tuned = models[evaluated[1][1]]["few"]
+    (line,) = [line for line in said.splitlines() if line.startswith("SFT on d_sg")]
+    assert f"{tuned['score']:.3f}" in line and f"{tuned['length']:,.0f}" in line
     assert (tmp_path / "seed_0/report.png").read_bytes()[:4] == b"\x89PNG"
     said = report(tmp_path / "seed_0", tmp_path / "seed_1")
     assert f"{after['score']:.3f} ± 0.000" in said and "2 seeds" in said
