@@ -73,7 +73,7 @@ $(OUT)/%/eval/step_$(STEPS).json:
 test: .venv/installed
 	$(QUIET) $(BIN)/python -m pytest -q -rs -p no:cacheprovider tests
 quick: .venv/installed
-	$(QUIET) $(BIN)/python -m pytest -q -rs -p no:cacheprovider -m "not vllm" tests
+	$(QUIET) $(BIN)/python -m pytest -q -rs -p no:cacheprovider -m "not vllm and not slow" tests
 test-kill: .venv/installed
 	$(BIN)/python tests/kill.py
 

@@ -23,10 +23,10 @@ def seconds(function):
     return time.perf_counter() - start
 
 def answers(n, rng):
-    """(responses, golds) of equal fractions in another form: only math-verify sees that."""
+    """(responses, golds) of equal expressions in another form: only a worker sees that."""
     pairs = [(rng.randint(2, 99), rng.randint(2, 99)) for _ in range(n)]
-    return ([f"So \\boxed{{\\frac{{{3 * a}}}{{{3 * b}}}}}" for a, b in pairs],
-            [f"\\frac{{{a}}}{{{b}}}" for a, b in pairs])
+    return ([f"So \\boxed{{{b} + \\frac{{{3 * a}x}}{{3}}}}" for a, b in pairs],
+            [f"{a}x + {b}" for a, b in pairs])
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],

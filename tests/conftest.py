@@ -12,7 +12,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: i
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "vllm: starts vLLM; `pytest -m 'not vllm'` leaves it out")
+    config.addinivalue_line("markers", "vllm: starts vLLM; `make quick` leaves it out")
+    config.addinivalue_line("markers", "slow: thousands of answers graded; so does it these")
 
 
 @pytest.fixture

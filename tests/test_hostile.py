@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 import hostile
+import pytest
 from verifier import Verifier
 
 LIMIT, WORKERS = 0.5, 2
@@ -14,6 +15,7 @@ def test_there_are_enough():
     assert len(hostile.corpus()) >= 200 and len({c[1] for c in hostile.corpus()}) >= 200
 
 
+@pytest.mark.slow
 def test_hostile_answers():
     cases = hostile.corpus()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
