@@ -847,7 +847,7 @@ def load_tokenizer(model, longest):
     try:
         config = AutoConfig.from_pretrained(model)
         tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # missing, or a config.json that contradicts itself: no common class
         fail(f"--model {model}: no model folder, and no model on the hub "
              f"({str(error).strip().splitlines()[0]})")
     if tokenizer.chat_template is None:
