@@ -742,6 +742,7 @@ def test_a_timeout_costs_one_answer():
         assert own.equal([ALGEBRA]) == [1.0]
 
 
+@pytest.mark.slow
 def test_a_worker_killed_from_outside_costs_one_answer():
     with Verifier(workers=1, timeout=20.0) as own:
         killer = when_busy(own, lambda pid: os.kill(pid, signal.SIGKILL))
@@ -754,6 +755,7 @@ def test_a_worker_killed_from_outside_costs_one_answer():
         assert own.crashes == 1
 
 
+@pytest.mark.slow
 def test_a_memory_hog_is_stopped():
     with Verifier(workers=1, timeout=10.0, memory_mb=64) as own:
         seen = []
@@ -774,6 +776,7 @@ def test_a_memory_hog_is_stopped():
         assert own.timeouts == 0
 
 
+@pytest.mark.slow
 def test_no_process_is_left_after_close():
     before = children()
     own = Verifier(workers=2, timeout=1.0)
@@ -786,6 +789,7 @@ def test_no_process_is_left_after_close():
     assert children() == before  # no zombie either: a zombie is still a child
 
 
+@pytest.mark.slow
 def test_an_interrupt_leaves_no_late_verdict(monkeypatch):
     with Verifier(workers=1, timeout=20.0) as own:
         assert own.equal([ALGEBRA]) == [1.0]
