@@ -95,13 +95,14 @@ def parse_args(argv=None):
     add("--eval_every", type=int, default=10, help="steps; also before the first, after the last")
     add("--save_every", type=int, default=10, help="steps; also after the last")
     add("--resume", action="store_true", help="go on from --run_dir's newest checkpoint that loads")
+    add("--wandb", action="store_true", help="the metrics to Weights & Biases, where installed")
     return with_flags_of_the_run(parser, argv)
 
 def check_args(args):
     for name, value in vars(args).items():
         if type(value) is int and value < 1 and name not in ("seed", "warmup_steps"):
             fail(f"--{name} {value} must be at least 1")
-    for name in ("clip_low", "clip_high", "gpu_memory_utilization"):
+    for name in ("clip_low", "clip_high", "lr", "gpu_memory_utilization"):
         if not 0 <= getattr(args, name) <= 1:
             fail(f"--{name} {getattr(args, name)} must lie between 0 and 1")
     if args.temperature <= 0:
@@ -420,7 +421,7 @@ def main():
             metrics = update(ddp, optimizer, rollouts, lr)
             times.append(("update", time.time()))
             if rank == 0:
-                log(Path(args.run_dir), step, rollouts, dict(metrics, lr=lr), times)
+                log(args, step, rollouts, dict(metrics, lr=lr), times)
             done = step
             if step % args.save_every == 0 or step == args.steps:
                 save_checkpoint(model, tokenizer, step, state, args.run_dir)
@@ -457,12 +458,12 @@ def evaluate(llm, verifier, benchmarks, step, args):
         write_lines(folder / f"step_{step}.json", [summary])
     return summary
 
-def log(run_dir, step, rollouts, metrics, times):
+def log(args, step, rollouts, metrics, times):
     """A line of metrics.jsonl, one on the screen, and the step's first 64 texts.
 
     times: [(phase, when it ended)]. peak_memory_gb: the most that torch has taken so far.
     """
-    records = [record(r, row=r.row) for r in rollouts]
+    run_dir, records = Path(args.run_dir), [record(r, row=r.row) for r in rollouts]
     seconds = {phase: end - start for (_, start), (phase, end) in itertools.pairwise(times)}
     speed = sum(r["tokens"] for r in records) / (seconds["rollout"] + seconds["update"])
     memory = (torch.cuda.max_memory_reserved() if torch.cuda.is_available() else
@@ -472,6 +473,9 @@ def log(run_dir, step, rollouts, metrics, times):
              tokens_per_second=speed, peak_memory_gb=memory / 1e9)
     with open(run_dir / "metrics.jsonl", "a") as f:
         f.write(json.dumps(m) + "\n")
+    if args.wandb:
+        import wandb
+        wandb.log(m, step=step)
     write_lines(run_dir / f"rollouts/step_{step}.jsonl", records[:64])
     result = f"loss {m['loss']:.4f}" if m["trained"] else "nothing to learn from"
     result += "  gradient not finite: update skipped" if m["skipped"] else ""
@@ -671,6 +675,12 @@ def begin_run(args):
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
                                 capture_output=True, text=True).stdout.strip()
         versions = dict(torch=torch.__version__, transformers=transformers.__version__)
+        if args.wandb:
+            try:
+                import wandb
+                wandb.init(name=args.run_dir, config=vars(args))
+            except Exception as error:  # not installed, not logged in: no common class
+                fail(f"--wandb: {reason(error)}")
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             write_lines(run_dir / "config.json", [dict(

@@ -25,7 +25,8 @@ in an order balanced by length), and warm-up gives the first step a tenth of the
 
 Watch: length and epistemic fall early, while the score dips and partly recovers; what that costs
 shows out of distribution, in eval/. `mismatch` (trainer against vLLM) stays flat: 1e-6 in
-float32. `trained` is the share of rollouts that had a correct sibling.
+float32. `trained` is the share of rollouts that had a correct sibling. token_kl.json adds up, token
+by token id, how far student and teacher are apart (App. B.6; --lr 0 --steps 1: before training).
 
 The paper ends with main(). After it: logging, vLLM, memory, checkpoints; read them when needed.
 """
@@ -81,8 +82,9 @@ def parse_args(argv=None):
     add = parser.add_argument_group("loss (Table 10)").add_argument
     add("--alpha", type=float, default=0.5, help="0.5: Jensen-Shannon; 1: Eq. 1; 0: its reverse")
     add("--top_k", type=int, default=100, help="the student's likeliest tokens; App. G: 256")
-    add("--demonstration", choices=["full", "without_think"], default="full",
-        help="c is the sibling's whole answer s, or s without its think part")
+    add("--demonstration", choices=["full", "without_think", "uncertain"], default="full",
+        help="c is the sibling's whole answer s, s without its think part, or s with App. C's "
+             "request for uncertainty")
     add("--ema", type=float, default=0.0, help="rate of a teacher that follows; Sec. 5.4: 0.05")
     add = parser.add_argument_group("optimisation (Tables 8 and 10)").add_argument
     add("--steps", type=int, default=100, help="rounds of rollout and update (authors' code)")
@@ -102,13 +104,14 @@ def parse_args(argv=None):
     add("--eval_every", type=int, default=10, help="steps; also before the first, after the last")
     add("--save_every", type=int, default=10, help="steps; also after the last")
     add("--resume", action="store_true", help="go on from --run_dir's newest checkpoint that loads")
+    add("--wandb", action="store_true", help="the metrics to Weights & Biases, where installed")
     return with_flags_of_the_run(parser, argv)
 
 def check_args(args):
     for name, value in vars(args).items():
         if type(value) is int and value < 1 and name not in ("seed", "warmup_steps"):
             fail(f"--{name} {value} must be at least 1")
-    for name in ("alpha", "ema", "gpu_memory_utilization"):
+    for name in ("alpha", "ema", "lr", "gpu_memory_utilization"):
         if not 0 <= getattr(args, name) <= 1:
             fail(f"--{name} {getattr(args, name)} must lie between 0 and 1")
     if args.temperature <= 0:
@@ -167,11 +170,17 @@ def demonstration_text(response, form):
         response = re.sub(r"^.*?</think>\s*", "", response, flags=re.S)
     return response
 
-def teacher_messages(messages, demonstration):
+CLOSE = "Correctly solve the original question."
+CLOSE_UNCERTAIN = (  # App. C, Figure 14
+    "Solve the original question from scratch with a full, detailed reasoning trace, without "
+    "skipping any steps, and include as much uncertainty or ambiguity in the explanation.")
+
+def teacher_messages(messages, response, form):
     """The chat with the demonstration after the question, in one user message (authors' code)."""
     *before, last = messages
-    text = (f"{last['content']}\nCorrect solution:\n\n{demonstration}"
-            "\n\nCorrectly solve the original question.")
+    close = CLOSE_UNCERTAIN if form == "uncertain" else CLOSE
+    shown = demonstration_text(response, form)
+    text = f"{last['content']}\nCorrect solution:\n\n{shown}\n\n{close}"
     return [*before, {**last, "content": text}]
 
 def choose_demonstration(group, i, rng):
@@ -211,11 +220,12 @@ def divergence(student, teacher, alpha):
 CHUNK = 512  # positions through the LM head at once: 512 x 151,936 float32 logits are 0.3 GB
 
 def token_losses(hidden, head, targets, temperature, teacher=None, top_k=None, alpha=None):
-    """(divergence, log p(target)) at each of N positions, (N,) float32, never holding (N, V).
+    """(divergence, log p(target), KL) at each of N positions, (N,) float32, never holding (N, V).
 
     hidden (N, D) holds the states that predict targets (N,); teacher is (hidden, head) of the
-    teacher, and without one the divergence is 0. The buckets are the student's top k of the full
-    softmax and the rest; the teacher is read at the same ids.
+    teacher, and without one both distances are 0. The buckets are the student's top k of the full
+    softmax and the rest; the teacher is read at the same ids. KL(student || teacher), detached, is
+    Table 6's: of the buckets, so that it is at most the vocabulary's.
 
     Each chunk runs twice: `checkpoint` drops its logits after the forward and calls `chunk` again
     in backward. The top-k ids and the teacher's buckets carry no gradient and are small, (C, k).
@@ -237,12 +247,15 @@ def token_losses(hidden, head, targets, temperature, teacher=None, top_k=None, a
         # one gather for both, since the backward of each would make a (C, V) of its own
         logprobs = logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)  # (C, 1 + k)
         if teacher_h is None:
-            return torch.zeros_like(logprobs[:, 0]), logprobs[:, 0]
-        return divergence(with_tail(logprobs[:, 1:]), kept[i][1], alpha), logprobs[:, 0]
+            none = torch.zeros_like(logprobs[:, 0])
+            return none, logprobs[:, 0], none
+        student = with_tail(logprobs[:, 1:])  # (C, k + 1)
+        kl = divergence(student.detach(), kept[i][1], alpha=1)
+        return divergence(student, kept[i][1], alpha), logprobs[:, 0], kl
     columns = [hidden, targets] + ([teacher[0]] if teacher else [])
     parts = zip(itertools.count(), *(column.split(CHUNK) for column in columns))
-    losses, logprobs = zip(*(checkpoint(chunk, *part, use_reentrant=False) for part in parts))
-    return torch.cat(losses), torch.cat(logprobs)
+    results = (checkpoint(chunk, *part, use_reentrant=False) for part in parts)
+    return tuple(map(torch.cat, zip(*results)))
 
 def importance_weight(logprobs, old_logprobs):
     """min(p / p_old, 2) per token, detached: truncated importance sampling (Table 9: clip 2)."""
@@ -309,8 +322,8 @@ def sample_groups(llm, verifier, tokenizer, questions, first_row, step, args):
         for i, r in enumerate(group):
             r.row, demonstration = row, choose_demonstration(group, i, rng)
             if demonstration:
-                shown = demonstration_text(demonstration.text, args.demonstration)
-                messages = teacher_messages(question["messages"], shown)
+                messages = teacher_messages(question["messages"], demonstration.text,
+                                            args.demonstration)
                 r.teacher_prompt_ids = render(tokenizer, messages, args.enable_thinking)
     return rollouts
 
@@ -353,9 +366,11 @@ class Student(torch.nn.Module):
     def __init__(self, model, args, device):
         super().__init__()
         self.model, self.args, self.device = model, args, device
+        # of each token id, over the run and all ranks: summed KL(student || teacher), and how many
+        self.token_kl = torch.zeros(2, model.config.vocab_size, dtype=torch.float64)
 
     def forward(self, micro_batch, teacher=None):
-        """(divergence, log-probability) of a micro-batch's response tokens, both (N,)."""
+        """(divergence, log-probability, KL) of a micro-batch's response tokens, (N,) each."""
         prompts, responses = zip(*((r.prompt_ids, r.response_ids) for r in micro_batch))
         targets = torch.tensor([t for y in responses for t in y], device=self.device)
         if teacher is not None:
@@ -371,7 +386,7 @@ def remember_logprobs(student, micros):
     """Sets old_logprobs of the micro-batches' rollouts: the trainer's, under the weights as now."""
     for micro_batch in micros:
         with torch.no_grad():
-            _, logprobs = student(micro_batch)
+            _, logprobs, _ = student(micro_batch)
         for r, part in zip(micro_batch, logprobs.split([len(r.response_ids) for r in micro_batch])):
             r.old_logprobs = part
 
@@ -385,12 +400,13 @@ def backward(ddp, teacher, optimizer, micros):
     under the same weights; and the trainer's now.
     """
     device, stats = ddp.module.device, []
+    token_kl = torch.zeros_like(ddp.module.token_kl)
     for i, micro_batch in enumerate(micros, 1):
         vllm = torch.tensor(np.concatenate([r.logprobs for r in micro_batch]), device=device)
         weight = torch.tensor([r.weight for r in micro_batch for _ in r.logprobs], device=device)
         last = i % ROUND == 0 or i == len(micros)
         with contextlib.nullcontext() if last else ddp.no_sync():
-            loss, logprobs = ddp(micro_batch, teacher)  # (N,) each
+            loss, logprobs, kl = ddp(micro_batch, teacher)  # (N,) each
             old = [r.old_logprobs for r in micro_batch]
             old = logprobs.detach() if old[0] is None else torch.cat(old)
             ratio, correction = importance_weight(logprobs, old), importance_weight(old, vllm)
@@ -402,6 +418,11 @@ def backward(ddp, teacher, optimizer, micros):
         gap, clipped = counts * (old - vllm).abs(), counts & (torch.maximum(ratio, correction) >= 2)
         stats.append(dict(loss=loss.item(), tokens=counts.sum().item(), gap=gap.sum().item(),
                           gap_max=gap.max().item(), clipped=clipped.sum().item()))
+        seen = (counts & kl.isfinite()).cpu()
+        kl, tokens = kl.cpu()[seen], torch.tensor([t for r in micro_batch for t in r.response_ids])
+        token_kl.index_add_(1, tokens[seen], torch.stack([kl, torch.ones_like(kl)]).double())
+    dist.all_reduce(token_kl)
+    ddp.module.token_kl += token_kl
     return exchange(stats)
 
 def update(ddp, teacher, optimizer, rollouts, lr):
@@ -452,7 +473,8 @@ def main():
                                   broadcast_buffers=False)
     averaged = [t.detach().to("cpu", torch.float32, copy=True) for t in teacher.parameters()
                 if args.ema]
-    state = {**optimizer.tensors(), **{f"teacher.{i}": mean for i, mean in enumerate(averaged)}}
+    state = {**optimizer.tensors(), **{f"teacher.{i}": mean for i, mean in enumerate(averaged)},
+             "token_kl": ddp.module.token_kl}
     done = load_checkpoint(args.run_dir, state)  # steps that are done
     optimizer.write_weights()
     rank, share = dist.get_rank(), args.questions_per_step // dist.get_world_size()
@@ -493,7 +515,8 @@ def main():
             follow(averaged, model, args.ema)  # once a step, after all its updates
             times.append(("update", time.time()))
             if rank == 0:
-                log(Path(args.run_dir), step, rollouts, dict(metrics, lr=lr), times)
+                log(args, step, rollouts, dict(metrics, lr=lr), times)
+                write_token_kl(args.run_dir, ddp.module.token_kl, tokenizer)
             done = step
             if step % args.save_every == 0 or step == args.steps:
                 save_checkpoint(model, tokenizer, step, state, args.run_dir)
@@ -530,12 +553,12 @@ def evaluate(llm, verifier, benchmarks, step, args):
         write_lines(folder / f"step_{step}.json", [summary])
     return summary
 
-def log(run_dir, step, rollouts, metrics, times):
+def log(args, step, rollouts, metrics, times):
     """A line of metrics.jsonl, one on the screen, and the step's first 64 texts.
 
     times: [(phase, when it ended)]. peak_memory_gb: the most that torch has taken so far.
     """
-    records = [record(r, row=r.row) for r in rollouts]
+    run_dir, records = Path(args.run_dir), [record(r, row=r.row) for r in rollouts]
     seconds = {phase: end - start for (_, start), (phase, end) in itertools.pairwise(times)}
     speed = sum(r["tokens"] for r in records) / (seconds["rollout"] + seconds["update"])
     memory = (torch.cuda.max_memory_reserved() if torch.cuda.is_available() else
@@ -545,11 +568,21 @@ def log(run_dir, step, rollouts, metrics, times):
              tokens_per_second=speed, peak_memory_gb=memory / 1e9)
     with open(run_dir / "metrics.jsonl", "a") as f:
         f.write(json.dumps(m) + "\n")
+    if args.wandb:
+        import wandb
+        wandb.log(m, step=step)
     write_lines(run_dir / f"rollouts/step_{step}.jsonl", records[:64])
     result = f"loss {m['loss']:.4f}" if m["trained"] else "nothing to learn from"
     result += "  gradient not finite: update skipped" if m["skipped"] else ""
     phases = "  ".join(f"{phase} {s:.1f} s" for phase, s in seconds.items())
     say(f"step {step:3d}  {epistemic.line(m)}  {result}  | {phases} | {speed:,.0f} tok/s")
+
+def write_token_kl(run_dir, token_kl, tokenizer):
+    """Table 6's raw material: {token id: its text, summed KL(student || teacher), count}."""
+    kl, count = token_kl.tolist()
+    write_lines(Path(run_dir) / "token_kl.json", [{
+        i: dict(text=tokenizer.decode([i]), kl=kl[i], count=int(n)) for i, n in enumerate(count)
+        if n}])
 
 # --- vLLM ----------------------------------------------------------------------------------------
 
@@ -757,6 +790,12 @@ def begin_run(args):
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
                                 capture_output=True, text=True).stdout.strip()
         versions = dict(torch=torch.__version__, transformers=transformers.__version__)
+        if args.wandb:
+            try:
+                import wandb
+                wandb.init(name=args.run_dir, config=vars(args))
+            except Exception as error:  # not installed, not logged in: no common class
+                fail(f"--wandb: {reason(error)}")
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             write_lines(run_dir / "config.json", [dict(

@@ -78,6 +78,7 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="of data order")
     add("--save_every", type=int, default=25, help="updates; also after the last")
     add("--resume", action="store_true", help="go on from --run_dir's newest checkpoint that loads")
+    add("--wandb", action="store_true", help="the metrics to Weights & Biases, where installed")
     return with_flags_of_the_run(parser, argv)
 
 def check_args(args):
@@ -274,7 +275,7 @@ def main():
         start, lr = time.time(), learning_rate(step, len(batches), args)
         metrics = update(ddp, optimizer, batch, lr)
         if dist.get_rank() == 0:
-            log(Path(args.run_dir), step, batch, dict(metrics, lr=lr), time.time() - start)
+            log(args, step, batch, dict(metrics, lr=lr), time.time() - start)
         asked = any(exchange([stop["asked"]]))  # a signal has reached some rank: all hear the same
         if asked or step % args.save_every == 0 or step == len(batches):
             save_checkpoint(model, tokenizer, step, state, args.run_dir)
@@ -286,7 +287,7 @@ def main():
 
 # --- logging (from here on nothing of the paper: what a long run needs) --------------------------
 
-def log(run_dir, step, batch, metrics, seconds):
+def log(args, step, batch, metrics, seconds):
     """A line of metrics.jsonl and one on the screen; length and epistemic are the examples'.
 
     peak_memory_gb: the most that torch has taken so far.
@@ -297,8 +298,11 @@ def log(run_dir, step, batch, metrics, seconds):
              epistemic=sum(epistemic.count(e.text) for e in batch) / len(batch), **metrics,
              seconds=dict(update=seconds), peak_memory_gb=memory / 1e9,
              tokens_per_second=metrics["trained_tokens"] / seconds)
-    with open(run_dir / "metrics.jsonl", "a") as f:
+    with open(Path(args.run_dir) / "metrics.jsonl", "a") as f:
         f.write(json.dumps(m) + "\n")
+    if args.wandb:
+        import wandb
+        wandb.log(m, step=step)
     result = "  gradient not finite: update skipped" if m["skipped"] else ""
     say(f"step {step:3d}  loss {m['loss']:.3f}{result}  | update {seconds:.1f} s | "
         f"{m['tokens_per_second']:,.0f} tok/s")
@@ -441,6 +445,12 @@ def begin_run(args):
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
                                 capture_output=True, text=True).stdout.strip()
         versions = dict(torch=torch.__version__, transformers=transformers.__version__)
+        if args.wandb:
+            try:
+                import wandb
+                wandb.init(name=args.run_dir, config=vars(args))
+            except Exception as error:  # not installed, not logged in: no common class
+                fail(f"--wandb: {reason(error)}")
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             write_lines(run_dir / "config.json", [dict(

@@ -42,7 +42,7 @@ def main():
     peak(device, reset=True)
     before = peak(device, reset=True)
     start = time.perf_counter()
-    losses, _ = sdpo.token_losses(hidden, head, targets, 1.0, (shown, teacher), args.top_k, 0.5)
+    losses, *_ = sdpo.token_losses(hidden, head, targets, 1.0, (shown, teacher), args.top_k, 0.5)
     losses.mean().backward()
     wait(device)
     seconds, extra = time.perf_counter() - start, peak(device) - before

@@ -240,7 +240,7 @@ def test_a_step_without_signal_is_logged_as_such(alone, tmp_path, capsys):
         batch = sampled(ddp, [advantages] * 4)
         metrics = dict(grpo.update(ddp, optimizer, batch, 1e-2), lr=1e-2)
         times = [("start", 0.0), ("rollout", 1.0), ("update", 3.0)]
-        grpo.log(tmp_path, step, batch, metrics, times)
+        grpo.log(Namespace(run_dir=tmp_path, wandb=False), step, batch, metrics, times)
     first, second = capsys.readouterr().out.splitlines()
     assert "nothing to learn from" in first and "loss" not in first
     assert "nothing to learn from" not in second and "loss" in second

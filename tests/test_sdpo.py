@@ -4,15 +4,18 @@ import json
 import math
 import random
 import signal
+import sys
 from argparse import Namespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import generate_conditions
 import sdpo
-from common import (CPU, ROOT, assert_same_gradient, learner, needs_tokenizers, on_ranks,
-                    refusal_of_main, tokenizer_of, toy)
+from common import (CPU, ROOT, assert_same_gradient, learner, lines, needs_tokenizers, on_ranks,
+                    refusal, refusal_of_main, tokenizer_of, toy)
 
 torch.manual_seed(0)
 
@@ -59,7 +62,7 @@ def test_divergence_matches_the_authors_formula(alpha, expected):
 def test_full_k_equals_full_vocabulary_in_value_and_gradient(alpha):
     parts = setup()
     hidden, head, _, teacher_hidden, teacher_head = parts
-    got, _ = losses(parts, 50, alpha)
+    got, _, kl = losses(parts, 50, alpha)
     grads = torch.autograd.grad(got.sum(), [hidden, head.weight])
     want = reference(head(hidden), teacher_head(teacher_hidden).detach(), alpha)
     wanted = torch.autograd.grad(want.sum(), [hidden, head.weight])
@@ -67,6 +70,10 @@ def test_full_k_equals_full_vocabulary_in_value_and_gradient(alpha):
     torch.testing.assert_close(got.double(), want, atol=5e-6, rtol=1e-5)
     for g, w in zip(grads, wanted):
         torch.testing.assert_close(g, w, atol=5e-5, rtol=1e-4)
+    # Table 6's is KL(student || teacher), whatever the loss
+    want = reference(head(hidden), teacher_head(teacher_hidden), 1)
+    torch.testing.assert_close(kl.double(), want, atol=5e-6, rtol=1e-5)
+    assert not kl.requires_grad
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
@@ -101,7 +108,7 @@ def test_chunked_equals_naive_in_value_and_gradient(monkeypatch):
     results = []
     for size in (5, 1000):
         monkeypatch.setattr(sdpo, "CHUNK", size)
-        loss, logprobs = losses(parts, 10, 0.5, temperature=0.7)
+        loss, logprobs, _ = losses(parts, 10, 0.5, temperature=0.7)
         weight = torch.linspace(0, 1, 37)
         grads = torch.autograd.grad((loss * weight + logprobs * weight**2).sum(),
                                     [hidden, head.weight])
@@ -114,8 +121,8 @@ def test_chunked_equals_naive_in_value_and_gradient(monkeypatch):
 
 def test_no_teacher_gives_log_probabilities_only():
     hidden, head, targets, *_ = setup()
-    loss, logprobs = sdpo.token_losses(hidden, head, targets, 1.0)
-    assert loss.abs().max() == 0 and logprobs.shape == (37,)
+    loss, logprobs, kl = sdpo.token_losses(hidden, head, targets, 1.0)
+    assert loss.abs().max() == kl.abs().max() == 0 and logprobs.shape == (37,)
 
 
 def test_importance_weight_is_cut_and_detached():
@@ -164,6 +171,15 @@ def test_a_demonstration_is_a_correct_finished_sibling_at_random():
 def test_without_think(response, shown):
     assert sdpo.demonstration_text(response, "without_think") == shown
     assert sdpo.demonstration_text(response, "full") == response
+    assert sdpo.demonstration_text(response, "uncertain") == response
+
+
+def test_the_uncertain_demonstration_is_app_c():
+    (chat,) = sdpo.teacher_messages([dict(role="user", content="Q")], "S", "uncertain")
+    shown = "Q\nCorrect solution:\n\nS\n\n"
+    assert chat["content"] == shown + generate_conditions.CLOSE_UNCERTAIN
+    (chat,) = sdpo.teacher_messages([dict(role="user", content="Q")], "a</think>S", "without_think")
+    assert chat["content"] == shown + generate_conditions.CLOSE
 
 
 def test_micro_batches_keep_the_budget():
@@ -219,8 +235,8 @@ def measure(size, folded=sdpo.ROUND, recompute=False):
     return dict(
         gradient=gradient, loss=sum(s["loss"] for s in stats), micros=len(micros),
         computed=[r.response_ids for m in micros for r in m if r.weight],
-        fillers=sum(not r.weight for m in micros for r in m), norm=optimizer.step(1e-3, 1.0),
-        weights=[w.detach().clone() for w in optimizer.weights])
+        fillers=sum(not r.weight for m in micros for r in m), token_kl=ddp.module.token_kl,
+        norm=optimizer.step(1e-3, 1.0), weights=[w.detach().clone() for w in optimizer.weights])
 
 
 def whole(results):
@@ -241,6 +257,11 @@ def test_two_ranks_give_the_gradient_of_one(tmp_path, alone, monkeypatch, size, 
     norm = torch.stack([g.norm() for g in one["gradient"].values()]).norm().item()
     assert [r["norm"] for r in (one, *two)] == pytest.approx([norm] * 3, rel=1e-4)
     assert all(map(torch.equal, two[0]["weights"], two[1]["weights"]))
+    # Table 6: every trained token once, whichever rank it was on; a filler's not
+    assert torch.equal(two[0]["token_kl"], two[1]["token_kl"])
+    assert torch.equal(two[0]["token_kl"][1], torch.bincount(
+        torch.tensor(sum(one["computed"], [])), minlength=one["token_kl"].shape[1]).double())
+    torch.testing.assert_close(one["token_kl"], two[0]["token_kl"], atol=1e-6, rtol=1e-4)
 
 
 def test_recomputing_layers_changes_no_bit(alone):
@@ -345,7 +366,7 @@ def test_prompts_of_the_papers_models(name):
     tokenizer = tokenizer_of(name)
     before, thinking, off = TABLE_12[name]
     chat = [dict(role="user", content=QUESTION)]
-    for messages, text in ((chat, QUESTION), (sdpo.teacher_messages(chat, "S"), REPROMPT)):
+    for messages, text in ((chat, QUESTION), (sdpo.teacher_messages(chat, "S", "full"), REPROMPT)):
         for enabled, after in ((True, thinking), (False, off or thinking)):
             ids = sdpo.render(tokenizer, messages, enabled)
             assert tokenizer.decode(ids) == before + text + after
@@ -355,7 +376,7 @@ def test_prompts_of_the_papers_models(name):
 
 def test_prompts_of_the_toy(tokenizer):
     chat = [dict(role="system", content="Be brief."), dict(role="user", content=QUESTION)]
-    text = tokenizer.decode(sdpo.render(tokenizer, sdpo.teacher_messages(chat, "S"), False))
+    text = tokenizer.decode(sdpo.render(tokenizer, sdpo.teacher_messages(chat, "S", "full"), False))
     assert text == ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n" + REPROMPT
                     + "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
     answer = "<think>\nHmm.\n</think>\n\n\\boxed{4}"  # the think tags must survive decoding
@@ -407,6 +428,7 @@ FLAGS = ["--model", ROOT / "toy/model", "--data", "good.jsonl", "--eval_data", "
     (["--minibatch_questions", "100"], "--minibatch_questions, 100, must divide"),
     (["--top_k", "0"], "--top_k 0 must be at least 1"),
     (["--alpha", "2"], "--alpha 2.0 must lie between 0 and 1"),
+    (["--lr", "-1"], "--lr -1.0 must lie between 0 and 1"),
     (["--ema", "-1"], "--ema -1.0 must lie between 0 and 1"),
     (["--gpu_memory_utilization", "1.1"], "--gpu_memory_utilization 1.1"),
     (["--temperature", "0"], "--temperature"),
@@ -423,3 +445,31 @@ def test_bad_input_is_one_line_and_exit_code_2(here, monkeypatch, flags, said):
 def test_the_ranks_must_divide_the_questions(here, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert "the ranks, 3, must divide" in refusal_of_main(sdpo, monkeypatch, FLAGS)
+
+
+def test_an_untouched_model_is_measured_with_a_rate_of_0(here):
+    sdpo.check_args(sdpo.parse_args([*map(str, FLAGS), "--lr", "0", "--steps", "1"]))
+
+
+def test_token_kl_names_each_token(tmp_path, tokenizer):
+    table = torch.zeros(2, 50, dtype=torch.float64)
+    table[:, 7] = torch.tensor([1.5, 3.0])
+    sdpo.write_token_kl(tmp_path, table, tokenizer)
+    assert json.loads((tmp_path / "token_kl.json").read_text()) == {
+        "7": dict(text=tokenizer.decode([7]), kl=1.5, count=3)}
+
+
+def test_wandb_gets_the_metrics_and_is_asked_for_before_a_model_loads(tmp_path, alone, monkeypatch):
+    args = sdpo.parse_args(["--model", "m", "--run_dir", str(tmp_path / "run"), "--wandb"])
+    sent = []
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
+    assert "--wandb: ModuleNotFoundError" in refusal(sdpo.begin_run, args)
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(
+        init=lambda **how: sent.append(how), log=lambda m, step: sent.append((step, m))))
+    sdpo.begin_run(args)
+    times = [("start", 0.0), ("rollout", 1.0), ("update", 2.0)]
+    sdpo.log(args, 3, [rollout([1], [1, 2])], dict(loss=0.5, skipped=0), times)
+    (begun, (step, metrics)) = sent
+    assert begun["config"]["lr"] == 1e-5 and step == 3 and metrics["length"] == 2
+    assert lines(tmp_path / "run/metrics.jsonl") == [metrics]
