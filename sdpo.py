@@ -11,6 +11,9 @@ The model teaches itself. One step:
     torchrun --nproc_per_node 8 sdpo.py --model Qwen/Qwen3-8B        # the paper's run
     make demo                                                        # a small one, on two CPU cores
 
+OPSD (App. E, Figure 15) is --context gold --loss_tokens 1024; hybrid: --no-enable_thinking
+--teacher_thinking.
+
 What a reader of Eq. 1 would not expect (all as in the authors' code, commit 5c51051 of
 github.com/beanie00/self-distillation-analysis):
   - the divergence is Jensen-Shannon (alpha 0.5), over the student's top 100 tokens and one bucket
@@ -80,11 +83,17 @@ def parse_args(argv=None):
     add("--max_prompt_tokens", type=int, default=2048, help="longer prompts are left out")
     add("--max_response_tokens", type=int, default=20480, help="longer answers are cut")
     add = parser.add_argument_group("loss (Table 10)").add_argument
+    add("--context", choices=["sibling", "gold"], default="sibling",
+        help="c: a correct sibling's answer, or the data's `solution` column (OPSD, App. E)")
     add("--alpha", type=float, default=0.5, help="0.5: Jensen-Shannon; 1: Eq. 1; 0: its reverse")
     add("--top_k", type=int, default=100, help="the student's likeliest tokens; App. G: 256")
     add("--demonstration", choices=["full", "without_think", "uncertain"], default="full",
-        help="c is the sibling's whole answer s, s without its think part, or s with App. C's "
-             "request for uncertainty")
+        help="c is that answer s whole, s without its think part, or s with App. C's request for "
+             "uncertainty")
+    add("--teacher_thinking", action="store_true",
+        help="the teacher's prompt has thinking on where --no-enable_thinking (App. E's hybrid)")
+    add("--loss_tokens", type=int, help="loss on an answer's first tokens alone; App. E: 1024. "
+        "OPSD's own code cuts the answers there: that is --max_response_tokens 1024")
     add("--ema", type=float, default=0.0, help="rate of a teacher that follows; Sec. 5.4: 0.05")
     add = parser.add_argument_group("optimisation (Tables 8 and 10)").add_argument
     add("--steps", type=int, default=100, help="rounds of rollout and update (authors' code)")
@@ -192,6 +201,16 @@ def choose_demonstration(group, i, rng):
     siblings = [r for j, r in enumerate(group) if r.reward >= 0.5 and r.finished and j != i]
     return rng.choice(siblings) if siblings else None
 
+def check_teacher(questions, tokenizer, args):
+    """The teacher's prompt needs what its flags ask for, of the data and of the chat template."""
+    without, first = sum("solution" not in q for q in questions), questions[0]
+    if args.context == "gold" and without:
+        fail(f"--context gold: {without:,} of {len(questions):,} questions in {args.data} have no "
+             f"`solution` text beside their answer")
+    if args.teacher_thinking and render(tokenizer, first["messages"], True) == first["prompt_ids"]:
+        fail(f"--teacher_thinking: the student thinks too (see --no-enable_thinking), or the chat "
+             f"template of {args.model} cannot switch it off")
+
 # --- loss ----------------------------------------------------------------------------------------
 
 def with_tail(topk_logprobs):
@@ -261,13 +280,15 @@ def importance_weight(logprobs, old_logprobs):
     """min(p / p_old, 2) per token, detached: truncated importance sampling (Table 9: clip 2)."""
     return (logprobs - old_logprobs).clamp(-20, 20).exp().clamp(max=2.0).detach()
 
-def set_loss_weights(minibatch):
+def set_loss_weights(minibatch, loss_tokens=None):
     """Weight of each token in the loss: 1 / (sequences x its sequence's tokens); 0 without teacher.
 
-    The whole mini-batch counts, over all ranks: two ranks give the gradient of one.
+    With --loss_tokens a sequence is its first ones. The whole mini-batch counts, over all ranks: two
+    ranks give the gradient of one.
     """
     for r in minibatch:
-        r.weight = 1 / (len(minibatch) * len(r.response_ids)) if r.teacher_prompt_ids else 0.0
+        tokens = len(r.response_ids[:loss_tokens])
+        r.weight = 1 / (len(minibatch) * tokens) if r.teacher_prompt_ids else 0.0
 
 # --- rollout -------------------------------------------------------------------------------------
 
@@ -320,11 +341,12 @@ def sample_groups(llm, verifier, tokenizer, questions, first_row, step, args):
     for row, (question, group) in enumerate(zip(questions, groups), first_row):
         rng = random.Random(f"{args.seed}/{step}/{row}")  # whatever the number of ranks
         for i, r in enumerate(group):
-            r.row, demonstration = row, choose_demonstration(group, i, rng)
-            if demonstration:
-                messages = teacher_messages(question["messages"], demonstration.text,
-                                            args.demonstration)
-                r.teacher_prompt_ids = render(tokenizer, messages, args.enable_thinking)
+            r.row, sibling = row, choose_demonstration(group, i, rng)
+            shown = question["solution"] if args.context == "gold" else sibling and sibling.text
+            if shown:
+                messages = teacher_messages(question["messages"], shown, args.demonstration)
+                r.teacher_prompt_ids = render(tokenizer, messages,
+                                              args.enable_thinking or args.teacher_thinking)
     return rollouts
 
 # --- update --------------------------------------------------------------------------------------
@@ -431,8 +453,9 @@ def update(ddp, teacher, optimizer, rollouts, lr):
     for first in range(0, args.questions_per_step, args.minibatch_questions):
         rows = range(first, first + args.minibatch_questions)
         minibatch = [r for r in rollouts if r.row in rows]
-        set_loss_weights(minibatch)
-        trained = [r for r in minibatch if r.weight]
+        set_loss_weights(minibatch, args.loss_tokens)
+        trained = [replace(r, response_ids=r.response_ids[: args.loss_tokens],
+                           logprobs=r.logprobs[: args.loss_tokens]) for r in minibatch if r.weight]
         if trained:  # else no group has two successes: nothing to learn, no time spent
             minibatches.append(my_micro_batches(trained, args.tokens_per_micro_batch))
     # the first update starts from the step's own weights; the later ones have to remember them
@@ -458,6 +481,7 @@ def main():
     tokenizer, _ = load_tokenizer(args.model, args.max_prompt_tokens + args.max_response_tokens)
     questions = choose_questions(with_prompts(args.data, tokenizer, args), args.num_questions,
                                  args.seed)
+    check_teacher(questions, tokenizer, args)
     benchmarks = {Path(s).stem: with_prompts(s, tokenizer, args) for s in args.eval_data}
     device = start_process_group()
     begin_run(args)

@@ -62,10 +62,11 @@ HUB = {  # short name: (hub id, configuration, split)
 
 
 def load_questions(source):
-    """[dict(messages, answer)] of a short name, a hub id, or a .parquet/.json/.jsonl file.
+    """[dict(messages, answer[, solution])] of a short name, a hub id, or a .parquet/.json/.jsonl.
 
     Takes the schemas of the paper's files (`prompt` and `reward_model`, each maybe a JSON string)
-    and plain `problem` or `question` with `answer`.  The last message gets App. D's form: DAPO's
+    and plain `problem` or `question` with `answer`.  A `solution` that is a text is kept beside the
+    answer; without another answer it is the answer itself.  The last message gets App. D's form: DAPO's
     own instruction off, INSTRUCTION on.  Raises ValueError, one line that names file and row.
     """
     questions = []
@@ -139,7 +140,10 @@ def _parse_question(row):
                        r"\s*Please reason step by step\.\s*$"):
             text = re.sub(theirs, "", text, flags=re.S)
         messages[-1]["content"] = text.strip() + INSTRUCTION
-    return dict(messages=messages, answer=gold)
+    question = dict(messages=messages, answer=gold)
+    if isinstance(row.get("solution"), str) and golds[:2] != [None, None]:
+        question["solution"] = row["solution"]
+    return question
 
 
 # ---------------------------------------------------------------------------------- Extraction

@@ -33,8 +33,9 @@ def test_every_schema(tmp_path, row, suffix):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path)
     else:
         path.write_text(json.dumps([row] if suffix == ".json" else row))
-    assert load_questions(str(path)) == [
-        dict(messages=[dict(role="user", content=ASKED)], answer="2")]
+    (question,) = load_questions(str(path))
+    assert question.pop("solution", None) == (row["solution"] if "question" in row else None)
+    assert question == dict(messages=[dict(role="user", content=ASKED)], answer="2")
 
 
 def test_json_lines_under_the_name_json_and_a_question_that_starts_with_a_bracket(tmp_path):

@@ -143,6 +143,31 @@ def test_loss_weights_count_sequences_without_demonstration():
     assert [r.weight for r in batch] == [1 / 6, 1 / 15, 0]
 
 
+def sampled(monkeypatch, tokenizer, *flags):
+    """sample_groups of one question with two answers, one of them right, without vLLM."""
+    args = sdpo.parse_args(["--model", "m", *flags])
+    question = dict(messages=[dict(role="user", content="1+1?")], answer="2", solution="It is 2.")
+    group = [rollout([1], [1]), rollout([1], [2])]
+    group[1].reward, group[1].text = 1.0, "<think>Two.</think> 2"
+    monkeypatch.setattr(sdpo, "generate", lambda *_, **__: [group])
+    monkeypatch.setattr(sdpo, "grade", lambda *_: group)
+    return [r.teacher_prompt_ids and tokenizer.decode(r.teacher_prompt_ids)
+            for r in sdpo.sample_groups(None, None, tokenizer, [question], 0, 1, args)]
+
+
+def test_who_sees_which_solution(monkeypatch, tokenizer):
+    wrong, right = sampled(monkeypatch, tokenizer, "--demonstration", "without_think")
+    assert "Correct solution:\n\n2\n\nCorrectly" in wrong and right is None
+    assert wrong.endswith("assistant\n")
+    # gold: everybody sees it; nobody has to be right
+    wrong, right = sampled(monkeypatch, tokenizer, "--context", "gold", "--no-enable_thinking")
+    assert wrong == right and "Correct solution:\n\nIt is 2.\n\nCorrectly" in wrong
+    assert wrong.endswith("<think>\n\n</think>\n\n")
+    hybrid, _ = sampled(monkeypatch, tokenizer, "--context", "gold", "--no-enable_thinking",
+                        "--teacher_thinking")
+    assert hybrid == wrong.removesuffix("<think>\n\n</think>\n\n")
+
+
 def test_a_demonstration_is_a_correct_finished_sibling_at_random():
     rng = random.Random(0)
 
@@ -203,7 +228,7 @@ def test_padding_changes_nothing():
 
 
 ARGS = Namespace(temperature=1.0, top_k=20, alpha=0.5, tokens_per_micro_batch=200,
-                 questions_per_step=23, minibatch_questions=23)
+                 questions_per_step=23, minibatch_questions=23, loss_tokens=None)
 
 
 def make_batch(size):
@@ -293,6 +318,25 @@ def test_update_trains_the_student_towards_the_teacher(alone):
     nothing = sdpo.update(ddp, teacher, optimizer, batch, 1e-3)
     assert nothing["updates"] == nothing["loss"] == nothing["trained_tokens"] == 0
     assert all(map(torch.equal, before, ddp.parameters()))
+
+
+def test_loss_on_the_first_tokens_alone(alone, monkeypatch):
+    """App. E: as if the rest of the answer were not there, but for its length in the metrics."""
+    gradients = []
+    monkeypatch.setattr(sdpo, "check_engine", lambda *_: None)  # nobody sampled these
+    for loss_tokens in (7, None):
+        ddp, optimizer = learner(sdpo, Namespace(**{**vars(ARGS), "loss_tokens": loss_tokens}))
+        batch = make_batch(23)
+        if loss_tokens is None:
+            for r in batch:
+                r.response_ids, r.logprobs = r.response_ids[:7], r.logprobs[:7]
+        optimizer.step = lambda lr, max_norm: 0.0
+        metrics = sdpo.update(ddp, toy(), optimizer, batch, 1e-3)
+        assert metrics["trained_tokens"] == sum(
+            min(7, len(r.response_ids)) for r in batch if r.teacher_prompt_ids)
+        gradients.append(dict(zip(optimizer.names, (s.clone() for s in optimizer.sums))))
+    assert max(len(r.response_ids) for r in make_batch(23)) > 7
+    assert_same_gradient(*gradients)
 
 
 def test_the_teacher_comes_back_and_follows():
@@ -435,6 +479,9 @@ FLAGS = ["--model", ROOT / "toy/model", "--data", "good.jsonl", "--eval_data", "
     (["--eval_data", "no/such.json"], "no/such.json"),
     (["--eval_data", "good.jsonl", "other/good.parquet"], "two benchmarks have one name"),
     (["--max_response_tokens", "9999"], "positions"),
+    (["--context", "gold"], "1 of 1 questions in good.jsonl have no `solution`"),
+    (["--teacher_thinking"], "--teacher_thinking: the student thinks too"),
+    (["--loss_tokens", "0"], "--loss_tokens 0 must be at least 1"),
     (["--nonsense"], "--nonsense"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(here, monkeypatch, flags, said):
