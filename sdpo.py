@@ -283,8 +283,8 @@ def importance_weight(logprobs, old_logprobs):
 def set_loss_weights(minibatch, loss_tokens=None):
     """Weight of each token in the loss: 1 / (sequences x its sequence's tokens); 0 without teacher.
 
-    With --loss_tokens a sequence is its first ones. The whole mini-batch counts, over all ranks: two
-    ranks give the gradient of one.
+    With --loss_tokens a sequence is its first ones. The whole mini-batch counts, over all ranks:
+    two ranks give the gradient of one.
     """
     for r in minibatch:
         tokens = len(r.response_ids[:loss_tokens])
