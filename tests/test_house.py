@@ -9,10 +9,10 @@ import pytest
 from common import ROOT
 
 SCRIPTS = [name for name in ("generate_conditions.py", "sft_distill.py", "grpo.py", "sdpo.py",
-                             "evaluate.py") if (ROOT / name).exists()]
+                             "remedies.py", "evaluate.py") if (ROOT / name).exists()]
 OWN = {"main", "parse_args", "check_args", "log", "table", "summarise",  # a script's own by nature;
        "Rollout", "set_loss_weights", "sample_groups",  # and where the algorithms differ
-       "Student", "remember_logprobs", "backward", "update"}
+       "Student", "remember_logprobs", "backward", "update", "token_losses"}
 
 
 def functions(name):
