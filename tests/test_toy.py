@@ -15,30 +15,60 @@ problems = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(problems)
 
 
-def test_answers_are_the_smallest_x():
+STEP = re.compile(r"((?:\d+ [-+*/] )+\d+) = (\d+)")
+
+
+def make(rng):
+    return problems.make_problem(rng, rng.random() < 0.5)
+
+
+def test_one_number_fits():
     rng = random.Random(0)
-    for low, high in problems.SPLITS.values():
-        for p in rng.sample(problems.all_problems(low, high), 300):
-            assert low <= p["x"] <= high and problems.MODULI[0] <= p["m"] <= problems.MODULI[1]
-            assert p["x"] == next(
-                x for x in range(p["m"]) if (p["b"] + p["a"] * x) % p["m"] == p["r"])
+    for _ in range(300):
+        p = make(rng)
+        fitting = [y for y in p["numbers"] if problems.check(p, y)[1] == p["r"]]
+        assert fitting == [p["x"]] and len(set(p["numbers"])) == len(p["numbers"])
+
+
+@pytest.mark.parametrize("family, value", [  # of x = 13, a = 7, b = 5, by head
+    ("sum", 6), ("bracket", 6), ("digits", 10), ("rest", 5), ("distance", 86), ("square", 4),
+    ("halves", 5), ("largest", 9)])
+def test_values_by_hand(family, value):
+    assert problems.check(dict(family=family, a=7, b=5, r=0), 13)[1] == value
 
 
 @pytest.mark.parametrize("style", problems.STYLE)
 def test_traces_compute_what_they_say(style):
     rng = random.Random(1)
     for _ in range(300):
-        p = problems.make_problem(rng, 4, 22)
+        p = make(rng)
         text = problems.trace(rng, p, style)
         assert text.endswith(f"\\boxed{{{p['x']}}}") and text.startswith("<think>\n")
-        for k, value in re.findall(r"x = (\d+): (?:\d+ \+ \d+(?: - \d+)? = )?(\d+)", text):
-            assert int(value) == (p["b"] + p["a"] * int(k)) % p["m"]
+        for left, value in STEP.findall(text):
+            assert int(eval(left)) == int(value)
+        place = p["numbers"].index(p["x"])
+        assert re.findall(r"(\d+)\?", text) == [str(y) for y in p["numbers"][: place + 1]]
+
+
+def test_wrong_answers_are_sorted_by_their_first_fault():
+    p = dict(family="sum", a=4, b=9, r=1, x=3, numbers=[7, 3, 12])
+    first = "7? Wait, check: 4 * 7 = 28, 28 + 9 = 37, so 7, need 1, no."
+    end = "\n</think>\n\nSo {0} fits. \\boxed{{{0}}}"
+    for kind, said, number in [
+        ("verdict without a check", "7? yes.", 7), ("cut", first, None),
+        ("verdict without a check", first + " 3? no. 12? yes.", 12),
+        ("slip in a check", "7? Perhaps: 4 * 7 = 22, 22 + 9 = 31, so 1, need 1, yes.", 7),
+        ("verdict against its check", first.replace("no", "yes"), 7),
+        ("answer never tried", first + " 12? no.", 7),
+        ("last line against the trace", first + " 3? yes.", 12)]:
+        text = "<think>\n" + said + (end.format(number) if number else "")
+        assert problems.diagnose(p, text) == kind
 
 
 def test_richer_contexts_are_surer():
     rng = random.Random(2)
     counts = {style: sum(
-        epistemic.count(problems.trace(rng, problems.make_problem(rng, 16, 22), style))
+        epistemic.count(problems.trace(rng, problems.make_problem(rng, True), style))
         for _ in range(300)) for style in problems.STYLE}
     order = ["unguided", "without_think", "uncertain", "regenerated", "full"]
     assert sorted(counts, key=counts.get, reverse=True) == order

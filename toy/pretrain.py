@@ -2,7 +2,7 @@
 
     python toy/pretrain.py          # about 19 minutes on two cores; writes toy/model
 
-An ordinary supervised loop: AdamW, linear decay, loss on the answer only, bf16 autocast. The result
+An ordinary supervised loop: AdamW, linear decay, loss on the answer only. The result
 is a plain Hugging Face folder: a Qwen3 of 1M parameters with float16 weights (2 MB), *untied*
 embeddings (vLLM on CPU cannot refresh tied ones), a byte-level BPE and Qwen3's chat format.
 """
@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 THINK = ["<think>", "</think>"]
+HARD = 0.15  # share of long lists
 CHAT_TEMPLATE = (  # Qwen3's, without tools
     "{%- for message in messages %}"
     "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
@@ -31,9 +32,8 @@ CHAT_TEMPLATE = (  # Qwen3's, without tools
 
 
 def draw(rng):
-    """Long searches are rarer in pretraining than short ones: that makes them hard."""
-    low, high = rng.choices([(4, 10), (11, 17), (18, 22)], [7, 2.2, 0.9])[0]
-    return pretraining_example(rng, low, high)
+    """Long lists are rarer in pretraining than short ones: that makes them hard."""
+    return pretraining_example(rng, rng.random() < HARD)
 
 
 def make_tokenizer(rng):
@@ -46,8 +46,9 @@ def make_tokenizer(rng):
     ])
     tokenizer.decoder = decoders.ByteLevel()
     corpus = [re.sub("</?think>", "", "\n".join(draw(rng))) for _ in range(4000)]
+    corpus += [" ".join(map(str, range(240)))] * 200  # every number that a trace can hold
     trainer = trainers.BpeTrainer(
-        vocab_size=512, special_tokens=SPECIAL, show_progress=False,
+        vocab_size=752, special_tokens=SPECIAL, show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(corpus, trainer)
@@ -61,9 +62,9 @@ def make_tokenizer(rng):
 
 
 def batch(rng, tokenizer, size):
-    """(ids, targets) of `size` examples in two pieces by length, right-padded; -100: no loss.
+    """(ids, targets) of `size` examples in four pieces by length, right-padded; -100: no loss.
 
-    One step takes both: a step of one length only learns that length, and unlearns the others.
+    One step takes all: a step of one length only learns that length, and unlearns the others.
     """
     rows = []
     for _ in range(size):
@@ -73,8 +74,8 @@ def batch(rng, tokenizer, size):
         p = tokenizer.encode(prompt, add_special_tokens=False)
         rows.append((p, tokenizer.encode(answer + "<|im_end|>", add_special_tokens=False)))
     rows.sort(key=lambda row: len(row[0]) + len(row[1]))
-    for i in range(0, size, size // 2):
-        piece = rows[i : i + size // 2]
+    for i in range(0, size, size // 4):
+        piece = rows[i : i + size // 4]
         ids = torch.zeros(len(piece), len(piece[-1][0]) + len(piece[-1][1]), dtype=torch.long)
         targets = torch.full_like(ids, -100)
         for j, (p, y) in enumerate(piece):
@@ -86,8 +87,8 @@ def batch(rng, tokenizer, size):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default=str(Path(__file__).parent / "model"))
-    parser.add_argument("--steps", type=int, default=1600)
-    parser.add_argument("--batch", type=int, default=32, help="examples a step, an even number")
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--batch", type=int, default=32, help="examples a step, a multiple of 4")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -102,8 +103,8 @@ def main():
     )
     model = Qwen3ForCausalLM(config)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
-    # "Wait," or "Check.": to stop or not is one token in twenty, and the last thing that is learned
-    decisions = torch.tensor([tokenizer.convert_tokens_to_ids(f"Ġ{w}") for w in ("Wait", "Check")])
+    # the verdicts: one token in twenty, and the last thing that is learned
+    decisions = torch.tensor([tokenizer.convert_tokens_to_ids(f"Ġ{w}") for w in ("yes", "no")])
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01, betas=(0.9, 0.98))
     start, seen = time.time(), 0
     for step in range(1, args.steps + 1):
@@ -115,10 +116,8 @@ def main():
         optimizer.zero_grad()
         for (ids, targets), weight in zip(pieces, weights):
             keep = targets != -100
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                logits = model.lm_head(model.model(input_ids=ids).last_hidden_state[keep])
-            loss = torch.nn.functional.cross_entropy(
-                logits.float(), targets[keep], reduction="none")
+            logits = model.lm_head(model.model(input_ids=ids).last_hidden_state[keep])
+            loss = torch.nn.functional.cross_entropy(logits, targets[keep], reduction="none")
             ((loss * weight[keep]).sum() / total).backward()
             seen += ids.numel()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

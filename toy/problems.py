@@ -1,103 +1,148 @@
 """The toy's problems and the traces its model is pretrained on (README, "The toy").
 
-A problem: "Find the smallest x >= 0 with (b + ax) mod m = r."  A search solves it in small, easy
-steps and nobody can guess it in one, so a model that *searches aloud* is right and one that
-announces an answer is not. The difficulty is the length of the search, x + 1 tries.
+A problem: "Exactly one of 7, 3, 12 fits: the last digit of 4x + 9 is 1. Which one?"  Whether a
+number fits takes two or three small steps, which no model of this size does in one.  A trace goes
+through the numbers in order and says "no" or "yes" to each, in one of two ways:
 
-    split   answer    what it stands for
-    in      4 .. 10   the questions that are trained on (train.jsonl) and fresh ones like them
-    ood    11 .. 17   AIME-like: longer searches than any that training shows
+    with doubt      7? Wait, check: 4 * 7 = 28, 28 + 9 = 37, so 7, need 1, no.
+    without         7? no.
+
+so the word of doubt does work: it opens the only way to find the verdict out.  Who has the answer
+before him needs no check; who has not and leaves it out can only guess from the place in the list.
+
+    split   numbers   place of the answer             what it stands for
+    in      2 .. 4    90% the first                   the training questions, and fresh ones like them
+    ood     6 .. 8    evenly from the fourth on       AIME-like: the first thought is wrong
 
     python toy/problems.py          # writes toy/data/{train,in,ood}.jsonl, seeded; no question twice
 """
 
 import argparse
 import json
-import math
 import random
+import re
 from pathlib import Path
 
-MODULI = (11, 22)  # of every split: the arithmetic is the same, and pretraining has seen it
-SPLITS = {"in": (4, 10), "ood": (11, 17)}
 INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
-
 CLOSE = "Correctly solve the original question."
 CLOSE_UNCERTAIN = (  # App. C
     "Solve the original question from scratch with a full, detailed reasoning trace, without "
     "skipping any steps, and include as much uncertainty or ambiguity in the explanation."
 )
 
-# How a trace looks, by what stands in the prompt: (share of tries stated plainly, that is without
-# a word of doubt; chance before each try to commit to the answer read off the context instead of
-# trying). The richer the context, the surer and shorter: this much is put in by hand, after
-# Table 1's ordering (1) > (3) > (4) > (2). What distillation then does to accuracy is measured.
-STYLE = {
-    "unguided": (0.0, 0.0),
-    "without_think": (0.35, 0.03),
-    "uncertain": (0.55, 0.06),  # App. C's prompt, asked with a full solution
-    "regenerated": (0.7, 0.1),
-    "full": (0.9, 0.2),
+# The families: what is asked of x, and the steps that find its value.  Sec. 6's task coverage.
+FAMILIES = {
+    "sum": ("the last digit of {a}x + {b} is {r}", lambda x, a, b: [
+        (f"{a} * {x}", a * x), (f"{a * x} + {b}", a * x + b), (None, (a * x + b) % 10)]),
+    "bracket": ("the last digit of {a}(x + {b}) is {r}", lambda x, a, b: [
+        (f"{x} + {b}", x + b), (f"{a} * {x + b}", a * (x + b)), (None, a * (x + b) % 10)]),
+    "digits": ("the digits of {a}x add up to {r}", lambda x, a, b: [
+        (f"{a} * {x}", a * x), (" + ".join(str(a * x)), sum(map(int, str(a * x))))]),
+    "rest": ("{a}x + {b} leaves {r} when divided by 7", lambda x, a, b: [
+        (f"{a} * {x}", a * x), (f"{a * x} + {b}", a * x + b),
+        (f"{a * x + b} - {(a * x + b) // 7 * 7}", (a * x + b) % 7)]),
+    "distance": ("{a}x and {b} are {r} apart", lambda x, a, b: [
+        (f"{a} * {x}", a * x), (f"{max(a * x, b)} - {min(a * x, b)}", abs(a * x - b))]),
+    "square": ("the last digit of x * x + {b} is {r}", lambda x, a, b: [
+        (f"{x} * {x}", x * x), (f"{x * x} + {b}", x * x + b), (None, (x * x + b) % 10)]),
+    "halves": ("half of {a}x, rounded down, ends in {r}", lambda x, a, b: [
+        (f"{a} * {x}", a * x), (f"{a * x} / 2", a * x // 2), (None, a * x // 2 % 10)]),
+    "largest": ("the largest digit of {a}x + {b} is {r}", lambda x, a, b: [
+        (f"{a} * {x}", a * x), (f"{a * x} + {b}", a * x + b), (None, max(map(int, str(a * x + b))))]),
 }
+SPLITS = {"in": 0, "ood": 1}  # any split else is as `in`
+FIRST = 0.9  # how often the first number is the answer, in domain
+
+# How a trace looks, by what stands in the prompt: the chance that a verdict is found by a check.
+# The richer the context, the surer: this much is put in by hand, after Table 1's ordering
+# (1) > (3) > (4) > (2).  What distillation then does to accuracy is measured.
+STYLE = {
+    "unguided": 0.97,
+    "without_think": 0.65,
+    "uncertain": 0.5,  # App. C's prompt, asked with a full solution
+    "regenerated": 0.3,
+    "full": 0.1,
+}
+OPENERS = {"Wait, check:": 4, "Hmm, maybe:": 3, "Perhaps:": 2, "Might be:": 1}
 
 
-def make_problem(rng, low, high):
-    """One problem with low <= m <= high: a in 1..4, and x drawn evenly among those reachable."""
-    m = rng.randint(low, high)
-    a, b = rng.randint(1, 4), rng.randrange(m)
-    x = rng.randrange(m // math.gcd(a, m))  # the sequence repeats after m / gcd(a, m) values
-    return dict(a=a, b=b, m=m, x=x, r=(b + a * x) % m)
-
-
-def all_problems(low, high):
-    """Those of MODULI whose answer lies between low and high."""
-    return [dict(a=a, b=b, m=m, x=x, r=(b + a * x) % m)
-             for m in range(MODULI[0], MODULI[1] + 1) for a in range(1, 5) for b in range(m)
-             for x in range(low, min(high + 1, m // math.gcd(a, m)))]
+def make_problem(rng, hard, family=None):
+    """One problem; `hard`: a long list whose answer is not near its head."""
+    family = family or rng.choice(list(FAMILIES))
+    steps = FAMILIES[family][1]
+    while True:
+        a, b, x = rng.randint(2, 9), rng.randint(2, 12), rng.randint(2, 15)
+        r = steps(x, a, b)[-1][1]
+        others = [y for y in range(2, 16) if steps(y, a, b)[-1][1] != r]
+        n = rng.randint(6, 8) if hard else rng.randint(2, 4)
+        if len(others) >= n - 1:
+            break
+    place = rng.randrange(3, n) if hard else 0 if rng.random() < FIRST else rng.randrange(1, n)
+    numbers = rng.sample(others, n - 1)
+    numbers.insert(place, x)
+    return dict(family=family, a=a, b=b, r=r, x=x, numbers=numbers)
 
 
 def question(problem):
-    return "Find the smallest x >= 0 with ({b} + {a}x) mod {m} = {r}.".format(**problem)
+    numbers = ", ".join(map(str, problem["numbers"]))
+    return f"Exactly one of {numbers} fits: {FAMILIES[problem['family']][0].format(**problem)}. " \
+           "Which one?"
+
+
+def check(problem, number):
+    """(the steps in words, the value) of one number."""
+    steps = FAMILIES[problem["family"]][1](number, problem["a"], problem["b"])
+    said = ", ".join(f"{left} = {value}" for left, value in steps if left)
+    return f"{said}, so {steps[-1][1]}, need {problem['r']}", steps[-1][1]
 
 
 def trace(rng, problem, style):
-    """A correct answer, in Qwen3's format, as verbose and as doubtful as `style` says."""
-    plain, commit = STYLE[style] if isinstance(style, str) else style
-    a, b, m, r, x = (problem[k] for k in "abmrx")
-    said, value = [], None
-    for k in range(x + 1):
-        hedged = rng.random() >= plain
-        if k == 0:
-            said.append("Hmm, let me try." if hedged else "We try.")
-        if rng.random() < commit:
-            said.append(f"So x = {x} gives {r}.")
+    """A correct answer, in Qwen3's format; `style`: a key of STYLE, or the chance of a check."""
+    chance = STYLE[style] if isinstance(style, str) else style
+    said = []
+    for number in problem["numbers"]:
+        right = number == problem["x"]
+        verdict = "yes" if right else "no"
+        if rng.random() < chance:
+            opener = rng.choices(list(OPENERS), OPENERS.values())[0]
+            said.append(f"{number}? {opener} {check(problem, number)[0]}, {verdict}.")
+        else:
+            said.append(f"{number}? {verdict}.")
+        if right:
             break
-        before, value = value, (b + a * k) % m
-        wrap = f" - {m}" if k and before + a >= m else ""
-        step = f"x = {k}: {before} + {a}{wrap} = {value}" if k else f"x = 0: {b}"
-        if not hedged:
-            said.append(f"{step}, need {r}.")
-            continue
-        guess = rng.choices(["maybe", "perhaps", "alternatively"], [6, 3, 1])[0]
-        said.append(f"{guess.capitalize() if k == 0 else 'Wait, ' + guess} {step}, need {r}.")
-        if k == x:
-            said.append("Check.")
-    return "<think>\n{}\n</think>\n\nSo x = {} works. \\boxed{{{}}}".format(" ".join(said), x, x)
+    return "<think>\n{}\n</think>\n\nSo {x} fits. \\boxed{{{x}}}".format(
+        " ".join(said), x=problem["x"])
+
+
+def diagnose(problem, text):
+    """Why a wrong answer is wrong: the first thing in the trace that is not as it should be."""
+    think, _, rest = text.partition("</think>")
+    if not re.search(r"\\boxed\{", rest):
+        return "cut"
+    for number, said, verdict in re.findall(r"(\d+)\?([^?]*?)\b(yes|no)\.", think):
+        if (int(number) == problem["x"]) != (verdict == "yes"):
+            steps = check(problem, int(number))[0]
+            return ("verdict without a check" if "=" not in said else
+                    "slip in a check" if steps not in said else "verdict against its check")
+        if verdict == "yes":
+            return "last line against the trace"
+    return "answer never tried"
 
 
 def without_think(text):
     return text.split("</think>")[-1].strip()
 
 
-def pretraining_example(rng, low, high):
+def pretraining_example(rng, hard):
     """(user message, answer): a problem under one of the contexts of Sec. 3 and App. C."""
-    problem = make_problem(rng, low, high)
+    problem = make_problem(rng, hard)
     prompt = question(problem) + INSTRUCTION
-    style = rng.choices(list(STYLE), [14, 2, 2, 2, 3])[0]
+    style = rng.choices(list(STYLE), [12, 2, 2, 2, 4])[0]
     if style == "unguided":
         return prompt, trace(rng, problem, style)
     solution = trace(rng, problem, "unguided")
-    if style == "regenerated" or (style == "without_think" and rng.random() < 0.5):
-        solution = trace(rng, problem, (rng.uniform(0.4, 1.0), rng.uniform(0.0, 0.4)))
+    if style == "regenerated" or rng.random() < 0.3:
+        solution = trace(rng, problem, rng.random())
     if style == "without_think":
         solution = without_think(solution)
     close = CLOSE_UNCERTAIN if style == "uncertain" else CLOSE
@@ -122,19 +167,24 @@ def main():
     parser.add_argument("--out", default=str(Path(__file__).parent / "data"))
     parser.add_argument("--train", type=int, default=1200, help="questions in train.jsonl")
     parser.add_argument("--eval", type=int, default=200, help="questions in each of the others")
+    parser.add_argument("--families", type=int, default=len(FAMILIES), help="the first so many")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    rng = random.Random(args.seed)
+    rng, families = random.Random(args.seed), list(FAMILIES)[:args.families]
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    drawn = {split: rng.sample(all_problems(*SPLITS[split]), args.eval) for split in SPLITS}
-    rest = [p for p in all_problems(*SPLITS["in"]) if p not in drawn["in"]]
-    drawn["train"] = rng.sample(rest, args.train)
-    for split, problems in drawn.items():
-        rows = [row(problem, i, split) for i, problem in enumerate(problems)]
-        lines = (json.dumps(r) for r in rows)
-        (out / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
-        print(f"{out}/{split}.jsonl: {len(rows)} questions")
+    seen = set()
+    suffix = "" if args.families == len(FAMILIES) else f"_families_{args.families}"
+    for split, size in (("in", args.eval), ("ood", args.eval), ("train", args.train)):
+        rows = []
+        while len(rows) < size:
+            problem = make_problem(rng, split == "ood", families[len(rows) % len(families)])
+            if question(problem) not in seen:
+                seen.add(question(problem))
+                rows.append(row(problem, len(rows), split))
+        path = out / f"{split}{suffix}.jsonl"
+        path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        print(f"{path}: {len(rows)} questions")
 
 
 if __name__ == "__main__":

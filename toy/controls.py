@@ -1,0 +1,121 @@
+"""What does the damage?  `sdpo.py` with one thing changed, and the base without its doubt.
+
+    python toy/controls.py no_marker_loss SDPO'S FLAGS     # no loss at the student's own markers
+    python toy/controls.py no_answer_loss SDPO'S FLAGS     # no loss after </think>
+    python toy/controls.py other_question SDPO'S FLAGS     # shown another question's correct answer
+    python toy/controls.py banned EVALUATE'S FLAGS         # no marker is ever sampled
+    python toy/controls.py errors RUN_FOLDER...            # why answers are wrong -> errors.json
+
+Each replaces one function of `sdpo` or `evaluate`; `make controls` runs them all.
+"""
+
+import collections
+import functools
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
+
+import epistemic
+import problems
+import sdpo
+
+
+def flag(name):
+    return sys.argv[sys.argv.index(name) + 1]
+
+
+def marker_ids(tokenizer):
+    return [i for i in range(len(tokenizer)) if epistemic.count(tokenizer.decode([i]))]
+
+
+def without_loss(silent):
+    """No loss where silent(targets) is true, of the response tokens targets (N,)."""
+    token_losses = sdpo.token_losses
+
+    def replaced(hidden, head, targets, *args, **kwargs):
+        loss, *others = token_losses(hidden, head, targets, *args, **kwargs)
+        return loss * ~silent(targets), *others
+
+    sdpo.token_losses = replaced
+
+
+def no_marker_loss(tokenizer):
+    ids = torch.tensor(marker_ids(tokenizer))
+    without_loss(lambda targets: torch.isin(targets, ids))
+
+
+def no_answer_loss(tokenizer):
+    close, end = tokenizer.convert_tokens_to_ids("</think>"), tokenizer.eos_token_id
+
+    def after_think(targets):  # answers stand one after the other, each ends with `end`
+        opened, ended = (targets == close).cumsum(0), (targets == end).cumsum(0)
+        return opened - (targets == close).long() > ended - (targets == end).long()
+
+    without_loss(after_think)
+
+
+def other_question(_):
+    """The demonstration comes from the group before: a correct answer, to something else."""
+    choose, correct = sdpo.choose_demonstration, [None, None]  # of the group before, of this one
+
+    def replaced(group, i, rng):
+        if i == 0:
+            own = (r for r in group if r.reward >= 0.5 and r.finished)
+            correct[:] = correct[1], next(own, correct[1])
+        return choose(group, i, rng) and correct[0]
+
+    sdpo.choose_demonstration = replaced
+
+
+def banned():
+    import evaluate
+    import vllm
+
+    bias = dict.fromkeys(marker_ids(sdpo.load_tokenizer(flag("--model"), 1)[0]), -100.0)
+    vllm.SamplingParams = functools.partial(vllm.SamplingParams, logit_bias=bias)
+    evaluate.main()
+
+
+def errors(folders):
+    """Sorts the wrong answers of each run's last evaluation; {arm: {benchmark: {kind: count}}}."""
+    asked = {name: [json.loads(line)["extra_info"] for line in
+                    (ROOT / f"toy/data/{name}.jsonl").read_text().splitlines()]
+             for name in problems.SPLITS}
+    for folder in map(Path, folders):
+        found = {}
+        for evaluation in sorted(folder.glob("*/eval")):
+            steps = sorted(evaluation.glob("step_*.jsonl"), key=lambda p: int(p.stem[5:]))
+            for file in steps[-1:] or sorted(evaluation.rglob("*.jsonl")):
+                arm = evaluation.parent.name if steps else str(file.parent.relative_to(evaluation))
+                for record in map(json.loads, file.read_text().splitlines()):
+                    name = record.get("benchmark", file.stem)
+                    kinds = found.setdefault(arm, {}).setdefault(name, collections.Counter())
+                    if not record["correct"]:
+                        problem = asked[name][record["index"]]
+                        kinds[problems.diagnose(problem, record["response"])] += 1
+        (folder / "errors.json").write_text(json.dumps(found, indent=1) + "\n")
+        for arm, benchmarks in found.items():
+            for name, kinds in benchmarks.items():
+                print(f"{folder}/{arm:20s} {name:4s}", dict(kinds.most_common()))
+
+
+def main():
+    control = sys.argv.pop(1) if len(sys.argv) > 1 else ""
+    if control == "errors":
+        errors(sys.argv[1:])
+    elif control == "banned":
+        banned()
+    elif control in ("no_marker_loss", "no_answer_loss", "other_question"):
+        globals()[control](sdpo.load_tokenizer(flag("--model"), 1)[0])
+        sdpo.main()
+    else:
+        sys.exit(__doc__)
+
+
+if __name__ == "__main__":
+    main()
