@@ -1,7 +1,8 @@
 r"""Questions with their answers, and: is this response correct?
 
 `load_questions` reads a data set, `Verifier` gives the training reward and the evaluation's score:
-1 if the content of the last balanced \boxed{...} is the gold in a careful mathematician's eyes.
+1 if the content of the last balanced \boxed{...} is the gold in a careful mathematician's eyes;
+where the question asks for <answer> tags (chemistry), if the last of them hold just the gold.
 
     with Verifier() as verifier:
         rewards = verifier.verify(responses, golds)  # 1.0 or 0.0 each, in input order
@@ -65,9 +66,11 @@ def load_questions(source):
     """[dict(messages, answer[, solution])] of a short name, a hub id, or a .parquet/.json/.jsonl.
 
     Takes the schemas of the paper's files (`prompt` and `reward_model`, each maybe a JSON string)
-    and plain `problem` or `question` with `answer`.  A `solution` that is a text is kept beside the
-    answer; without another answer it is the answer itself.  The last message gets App. D's form: DAPO's
-    own instruction off, INSTRUCTION on.  Raises ValueError, one line that names file and row.
+    and plain `problem` or `question` with `answer`.  A `solution` that is a text is kept beside
+    the answer; without another answer it is the answer itself.  The last message gets App. D's
+    form: DAPO's own instruction off, INSTRUCTION on.  Not where the row's text asks for <answer>
+    tags, as the `system` of SciKnowEval's chemistry does: it stays to the letter, and the gold is
+    tagged too.  Raises ValueError, one line that names file and row.
     """
     questions = []
     for i, row in enumerate(_read_rows(source), 1):
@@ -133,7 +136,11 @@ def _parse_question(row):
         raise ValueError("no question (looked for prompt, problem, question)")
     if not gold:
         raise ValueError("no answer (looked for reward_model.ground_truth, answer, solution)")
-    if not text.endswith(INSTRUCTION.strip()):
+    if isinstance(row.get("system"), str) and not is_chat:
+        messages.insert(0, dict(role="system", content=row["system"]))
+    if any("<answer>" in str(m.get("content")) for m in messages):
+        gold = f"<answer>{gold}</answer>"
+    elif not text.endswith(INSTRUCTION.strip()):
         for theirs in (r"^Solve the following math problem step by step\. The last line of your "
                        r"response should .*? answer to the problem\.\s*",
                        r'\s*Remember to put your answer on its own line after "Answer:"\.\s*$',
@@ -180,6 +187,13 @@ def last_boxed(text: str) -> str | None:
             depth = left
     start, end = found["boxed"] if found["boxed"][0] else found["fbox"]
     return text[start:end] if start else None
+
+
+def last_tagged(text: str) -> str:
+    """The last `<answer>` with what stands before its `</answer>`, stripped; "" if it never closes:
+    unlike a box's, an earlier one does not count then."""
+    content, closed, _ = text.rpartition("<answer>")[2].partition("</answer>")
+    return f"<answer>{content.strip()}</answer>" if closed and "<answer>" in text else ""
 
 
 # --------------------------------------------------------------------------------- Normal form
@@ -324,8 +338,8 @@ def _settle(gold: str, answer: str, boxed: bool) -> float | tuple[str, str, bool
     limit = MAX_ANSWER if boxed else MAX_TEXT
     if not gold or not answer or len(answer) > limit or len(gold) + len(answer) > MAX_TEXT:
         return 0.0  # a box that long lists guesses, or attacks the parser
-    if gold == answer:
-        return 1.0
+    if gold == answer or gold.startswith("<answer>"):  # a letter alone, as the authors' mcq.py
+        return float(gold == answer)
     if (verdict := _same_number(gold, answer)) is not None:
         return float(verdict)  # the commonest error, a wrong integer, is cheap
     bare = last_boxed(gold) or gold
@@ -371,10 +385,13 @@ class Verifier:
             self._discard(worker)
 
     def verify(self, responses: list[str], golds: list[str], after_think=False) -> list[float]:
-        r"""1.0 for each response whose last \boxed{} equals its gold, else 0.0, in input order;
+        r"""1.0 for each response whose last \boxed{} equals its gold, else 0.0, in input order; a
+        gold in <answer> tags wants the same in the response's last ones, and no box counts;
         with `after_think` only what stands after the last `</think>` is read."""
-        boxes = [last_boxed(answer_part(r) if after_think else r) or "" for r in responses]
-        return self._judge([(gold, box, True) for gold, box in zip(golds, boxes, strict=True)])
+        texts = [answer_part(r) if after_think else r for r in responses]
+        return self._judge([
+            (gold, (last_tagged if gold.startswith("<answer>") else last_boxed)(text) or "", True)
+            for gold, text in zip(golds, texts, strict=True)])
 
     def equal(self, pairs: list[tuple[str, str]]) -> list[float]:
         r"""1.0 for each equal (gold, prediction).  In a text that is not one whole \boxed{...}

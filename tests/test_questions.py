@@ -71,8 +71,7 @@ def test_bad_rows_are_named(tmp_path, text, said):
 @pytest.mark.skipif(not BENCHMARKS.exists(), reason="needs the paper's files beside the project")
 @pytest.mark.parametrize("name, rows", [
     ("aime24.parquet", 30), ("aime25.parquet", 30), ("amc23.parquet", 40), ("math500.parquet", 500),
-    ("seen_1x64.parquet", 64), ("seen_512.parquet", 512), ("dapo_math_17k.parquet", 17917),
-    ("chemistry_train.json", 1890), ("chemistry_test.json", 210)])
+    ("seen_1x64.parquet", 64), ("seen_512.parquet", 512), ("dapo_math_17k.parquet", 17917)])
 def test_the_papers_files(name, rows):
     questions = load_questions(str(BENCHMARKS / name))
     assert len(questions) == rows

@@ -1,0 +1,166 @@
+"""Chemistry (Fig. 1a, Sec. 6): SciKnowEval's multiple choice, from the file to the grade."""
+import json
+from argparse import Namespace
+from collections import Counter
+
+import pytest
+
+import evaluate
+import sdpo
+from common import ROOT, needs_tokenizers, tokenizer_of
+from verifier import Verifier, last_tagged, load_questions
+
+BENCHMARKS = ROOT.parent / "shared/data/benchmarks"
+needs_data = pytest.mark.skipif(
+    not BENCHMARKS.exists(), reason="needs the paper's files beside the project")
+FILES = {"chemistry_train.json": 1890, "chemistry_test.json": 210}
+# As the real rows are.
+SYSTEM = "\nPlease select the right answer. Respond so:\n<answer>\n...\n</answer>\n"
+ROW = dict(idx=7, kind="mcq", dataset="sciknoweval", answer="B", system=SYSTEM, tests="-",
+           prompt="Which?\n\nA: CC(=O)O\nB: CCO\nC: C\nD: O\nPlease reason step by step.")
+
+
+def rows_of(name):
+    return [json.loads(line) for line in (BENCHMARKS / name).open()]
+
+
+def load(tmp_path, row):
+    (tmp_path / "data.json").write_text(json.dumps(row))
+    (question,) = load_questions(str(tmp_path / "data.json"))
+    return question
+
+
+# ---------------------------------------------------------------------------------- the question
+
+
+def test_a_row_stays_to_the_letter_and_its_gold_is_tagged(tmp_path):
+    question = load(tmp_path, ROW)
+    assert question["answer"] == "<answer>B</answer>"
+    assert question["messages"] == [
+        dict(role="system", content=SYSTEM), dict(role="user", content=ROW["prompt"])]
+
+
+@pytest.mark.parametrize("row", [
+    dict(prompt=[dict(role="system", content=SYSTEM), dict(role="user", content="Which?")],
+         reward_model=dict(ground_truth="B")),
+    dict(problem="Which? Give the letter between <answer> and </answer>.", answer="B"),
+])
+def test_other_ways_to_ask_for_tags(tmp_path, row):
+    question = load(tmp_path, row)
+    assert question["answer"] == "<answer>B</answer>"
+    assert not any("boxed" in m["content"] for m in question["messages"])
+
+
+def test_a_system_column_that_asks_for_no_tags(tmp_path):
+    question = load(tmp_path, dict(ROW, system="Be brief."))
+    assert question["answer"] == "B"
+    assert [m["role"] for m in question["messages"]] == ["system", "user"]
+    assert question["messages"][-1]["content"].endswith(r"put your final answer within \boxed{}.")
+
+
+@needs_data
+@pytest.mark.parametrize("name", FILES)
+def test_every_row_loads(name):
+    rows, questions = rows_of(name), load_questions(str(BENCHMARKS / name))
+    assert len(questions) == FILES[name]
+    for row, question in zip(rows, questions, strict=True):
+        assert question["answer"] == f"<answer>{row['answer']}</answer>"
+        assert [m["content"] for m in question["messages"]] == [row["system"], row["prompt"]]
+    # guessing one letter earns a third at most
+    assert max(Counter(q["answer"] for q in questions).values()) < len(rows) / 3
+
+
+@needs_data
+@needs_tokenizers
+def test_the_prompt_of_olmo_is_table_12s():
+    tokenizer = tokenizer_of("olmo-3-instruct")
+    args = Namespace(enable_thinking=True, max_prompt_tokens=2048)
+    for name in FILES:
+        questions = evaluate.with_prompts(str(BENCHMARKS / name), tokenizer, args)
+        assert len(questions) == FILES[name]  # none is too long
+        for row, question in list(zip(rows_of(name), questions))[::100]:
+            assert tokenizer.decode(question["prompt_ids"]) == (
+                f"<|im_start|>system\n{row['system']}<|im_end|>\n"
+                f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_the_teacher_keeps_the_system_prompt(tmp_path):
+    messages = load(tmp_path, ROW)["messages"]
+    shown = sdpo.teacher_messages(messages, "<reasoning>\nC2.\n</reasoning>\n<answer>B</answer>")
+    assert shown[0] == messages[0] and shown[1]["role"] == "user"
+    assert shown[1]["content"].startswith(ROW["prompt"] + "\nCorrect solution:\n\n<reasoning>")
+
+
+# ---------------------------------------------------------------------------------- the grade
+
+
+@pytest.mark.parametrize("text, found", [
+    ("<answer>A</answer>", "A"),
+    ("<reasoning>\nso\n</reasoning>\n<answer>\nA\n</answer>\n", "A"),
+    ("<answer>B</answer> no: <answer> A </answer>", "A"),
+    ("I answer between <answer> tags. <answer>A</answer>", "A"),
+    ("<answer><answer>A</answer></answer>", "A"),  # the last that opens, as of nested boxes
+    ("<answer>A</answer> <answer>", None),
+    ("<answer>A</answer> <answer>B", None),
+    ("<answer>A", None),
+    ("A</answer>", None),
+    ("</answer>A<answer>", None),
+    ("<answer></answer>", ""),
+    ("", None),
+])
+def test_last_tagged(text, found):
+    assert last_tagged(text) == ("" if found is None else f"<answer>{found}</answer>")
+
+
+RIGHT = ["<answer>B</answer>", "<reasoning>\n2 C\n</reasoning>\n<answer>\nB\n</answer>",
+         "<answer>A</answer> Wait. <answer>B</answer>", "\\boxed{A} <answer>B</answer>",
+         "<think> <answer>A</answer> </think> <answer>B</answer> and so on" + " on" * 9999]
+# What a policy could try instead of knowing it; the gold is B.
+WRONG = [
+    "", "B", "The answer is B.", "\\boxed{B}", "\\boxed{<answer>B</answer>} <answer>A</answer>",
+    "<answer>A</answer>", "<answer>b</answer>", "<answer></answer>", "<answer>\\boxed{B}</answer>",
+    *[f"<answer>{a}</answer>" for a in (
+        "A, B, C, D", "ABCD", "A or B", "B or A", "B, not A", "A\nB", "B\nA", "B B", "(B)", "B.",
+        "B: CCO", "CCO", "the correct letter", "A|B", "B/A", "<B>", "B\u200b", "\u0412", "B\0",
+        "B<answer>", "...", "A" * 10**6)],
+    "<answer>B</answer> <answer>A</answer>", "<answer>B</answer> <answer>A<answer>B",
+    "<answer>B</answer> <answer>", "<answer>B</answer>" * 1000 + "<answer>A</answer>",
+    "<answer>B</answer><answer>B", "<Answer>B</Answer>", "<answer >B</answer>",
+    "<answer>B</ answer>", "<answer>B<\\answer>", "</answer>B<answer>",
+    "<answer>" * 10**5 + "B", "B" + "</answer>" * 10**5,
+    "<answer>A</answer> B</answer>", "&lt;answer&gt;B&lt;/answer&gt;",
+]
+
+
+def test_grades():
+    with Verifier(workers=1) as verifier:
+        assert verifier.verify(RIGHT, ["<answer>B</answer>"] * len(RIGHT)) == [1.0] * len(RIGHT)
+        grades = verifier.verify(WRONG, ["<answer>B</answer>"] * len(WRONG))
+        assert [text[:40] for text, grade in zip(WRONG, grades) if grade] == []
+        assert not verifier._pool  # strings settle it
+
+
+def test_after_think_what_was_thought_is_no_answer():
+    texts = ["<think> <answer>B</answer> </think> I do not know", "<answer>B</answer></think>",
+             "<think> no </think> <answer>B</answer>",
+             "</think> <answer>B</answer> </think> <answer>", "<answer>B</think></answer>"]
+    with Verifier(workers=1) as verifier:
+        grades = verifier.verify(texts, ["<answer>B</answer>"] * 5, after_think=True)
+    assert grades == [0.0, 0.0, 1.0, 0.0, 0.0]
+
+
+def test_tags_do_not_answer_a_question_that_wants_a_box():
+    with Verifier(workers=1) as verifier:
+        assert verifier.verify(["<answer>7</answer>", "<answer>8</answer> \\boxed{7}",
+                                "\\boxed{8} <answer>7</answer>"], ["7"] * 3) == [0.0, 1.0, 0.0]
+
+
+@needs_data
+@pytest.mark.parametrize("name", FILES)
+def test_every_gold_is_right_and_the_other_letters_are_not(name):
+    golds = [q["answer"] for q in load_questions(str(BENCHMARKS / name))]
+    with Verifier(workers=1) as verifier:
+        for letter in "ABCD":
+            answer = f"<reasoning>\nWait.\n</reasoning>\n<answer>\n{letter}\n</answer>"
+            grades = verifier.verify([answer] * len(golds), golds)
+            assert grades == [float(gold == f"<answer>{letter}</answer>") for gold in golds]
