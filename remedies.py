@@ -374,7 +374,10 @@ def antisd(advantage, u, strength):
     return advantage - strength * (torch.nn.functional.softplus(u) - math.log(2)) / 2
 
 def antisd_gate(median, before):
-    """AntiSD's g: 0 in five steps of warm-up; then 1 at their H_T, falling to 0 at .93 of it."""
+    """AntiSD's g: 0 in five steps of warm-up; then 1 at their H_T, and 0 at .93 of it.
+
+    Ours: the mean of the five medians, and a line between the two.
+    """
     return min(1, max(0, (median / (sum(before) / 5) - 0.93) / 0.07)) if len(before) == 5 else 0
 
 def rlrt(advantage, u, strength):
@@ -497,6 +500,7 @@ def sample_groups(llm, verifier, tokenizer, questions, first_row, step, args):
     for row, (question, group) in enumerate(zip(questions, groups), first_row):
         rng = random.Random(f"{args.seed}/{step}/{row}")  # whatever the number of ranks
         rewards = [r.reward for r in group]
+        # AntiSD alone divides by it; an all right or all wrong group's A is 0 all the same
         deviation = (statistics.pstdev(rewards) or 1) if args.remedy == "antisd" else 1
         for i, (r, advantage) in enumerate(zip(group, group_advantages(rewards))):
             r.advantage = advantage / deviation

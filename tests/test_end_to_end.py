@@ -85,6 +85,8 @@ def test_a_killed_run_ends_as_an_untouched_one(compared):
     folder, (hit, metrics, weights) = compared
     assert metrics and weights and sum(hit.values()) == 1
     assert "goes on after step_1" in (folder / "killed/phase.log").read_text()
+    sums = [(folder / name / "run/token_kl.json").read_text() for name in ("whole", "killed")]
+    assert sums[0] == sums[1]
 
 
 def test_run_folder(trained):
@@ -105,6 +107,8 @@ def test_run_folder(trained):
     answers, (summary,) = lines(trained / "eval/step_3.jsonl"), lines(trained / "eval/step_3.json")
     assert [a["index"] for a in answers] == [0, 1, 2, 3] and summary["few"] == epistemic.averages(
         answers)
+    (table,) = lines(trained / "token_kl.json")
+    assert sum(t["count"] for t in table.values()) == sum(m["trained_tokens"] for m in metrics)
     for step in (1, 2, 3):  # a group of four a question, of both ranks
         rows = [r["row"] for r in lines(trained / f"rollouts/step_{step}.jsonl")]
         assert rows == sorted([*range(4)] * 4)
@@ -394,7 +398,8 @@ def ask_engine(folder, data):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     args = Namespace(model=folder, seed=0, max_prompt_tokens=512, max_response_tokens=60,
                      temperature=0.7, top_k=5, alpha=0.5, rollouts=2, demonstration="full",
-                     enable_thinking=True, gpu_memory_utilization=0.5)
+                     context="sibling", teacher_thinking=False, enable_thinking=True,
+                     gpu_memory_utilization=0.5)
     device = sdpo.start_process_group()
     llm = sdpo.make_engine(args, device)
     tokenizer = AutoTokenizer.from_pretrained(folder)
