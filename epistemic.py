@@ -8,14 +8,20 @@ the default here; Table 1 gives its means, Figure 9 splits them by marker.
     epistemic.count("Hmm, wait. Unlikely!")                      # 3
     python epistemic.py runs/x/eval/step_40.jsonl runs/y/eval/step_40.jsonl     # one table
 
-The command takes any JSON Lines file whose records hold a response or a list of responses.
+The command takes any JSON Lines file whose records hold a response or a list of responses. With
+`--judge URL --judge_model NAME` an OpenAI-compatible server counts, by App. B.5's prompt (Table 5).
 """
 
 import argparse
+import contextlib
+import hashlib
 import json
+import os
 import re
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 MARKERS = ("wait", "hmm", "perhaps", "maybe", "actually",
            "alternatively", "seems", "might", "likely", "check")  # Sec. 3, in its order
@@ -40,11 +46,15 @@ Do NOT count:
 Return ONLY a JSON object with exactly these fields:
 { "count": <integer, total number of uncertainty expressions>, \
 "examples": [<up to 5 short quoted phrases from the text>] }"""
+JUDGE_TIMEOUT = 300.0  # s for a request
 
 # Ours first; the lists are over one question's samples, as in the authors' evaluation files.
 RESPONSE_FIELDS = ("response", "responses", "generated_responses", "text")
 NUMBER_FIELDS = dict(tokens=("tokens", "response_token_lengths"),
                      accuracy=("correct", "reward", "answers_correctness"))
+
+_JSON = json.JSONDecoder(strict=False)  # model text may hold raw control characters
+_ESCAPE = re.compile(r'\\(["\\/bfnrt]|u[0-9a-fA-F]{4})?')
 
 
 def count_by_marker(text: str, whole_word: bool = False) -> dict[str, int]:
@@ -143,62 +153,195 @@ def summarize(records, whole_word: bool = False, field: str | None = None) -> di
 # ---------------------------------------------------------------------------------- the command
 
 
-def _summarize_file(path, whole_word, field):
-    """{benchmark: summary}, "" where a record names none. Holds one line in memory at a time."""
-    decoder = json.JSONDecoder(strict=False)  # model text may hold raw control characters
-    groups = {}
+def _lines(path, use):
+    """use(record) of every line, errors with its number. Holds one line in memory at a time."""
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:  # surrogatepass: half an emoji is what a token limit leaves
-                record = decoder.decode(line.decode("utf-8-sig", "surrogatepass"))
+                record = _JSON.decode(line.decode("utf-8-sig", "surrogatepass"))
             except (ValueError, RecursionError) as error:
                 why = str(error).partition(": line 1")[0]
                 raise ValueError(f"{path}:{number}: not JSON ({why}); give JSON Lines") from None
             try:
-                name = record.get("benchmark", "") if isinstance(record, dict) else ""
-                _add(groups.setdefault(str(name), Counter()), record, whole_word, field)
+                yield use(record)
             except ValueError as error:
                 raise ValueError(f"{path}:{number}: {error}") from None
+
+
+def _summarize_file(path, whole_word, field):
+    """{benchmark: summary}, "" where a record names none."""
+    groups = {}
+
+    def add(record):
+        name = record.get("benchmark", "") if isinstance(record, dict) else ""
+        _add(groups.setdefault(str(name), Counter()), record, whole_word, field)
+    for _ in _lines(path, add):
+        pass
     groups = {name: _means(sums) for name, sums in groups.items() if sums["responses"]}
     if not groups:
         raise ValueError(f"{path}: no responses in it; has the run that writes it got so far?")
     return groups
 
 
+def _grid(paths, rows, left=13):
+    """A table with a column for each path, from rows of (label, cells)."""
+    width = max(9, (80 - left) // len(paths) - 2)
+    short = [p if len(p) <= width else f"..{p[2 - width:]}" for p in paths]
+    rows = [(label, cells) for label, cells in [("", short), *rows] if any(cells)]
+    width = max(len(cell) for _, cells in rows for cell in cells)
+    # step_40.jsonl may be any run's: shortened names are told apart by the list, in column order
+    above = [*dict.fromkeys(paths), ""] if any(len(p) > width for p in paths) else []
+    return "\n".join(above + [f"{label:{left}}" + "".join(f"  {cell:>{width}}" for cell in cells)
+                              for label, cells in rows])
+
+
 def _table(files):
     """One column per file, or per benchmark of a file; `files` is [(path, {benchmark: summary})]"""
     columns = [(path, name, s) for path, groups in files for name, s in groups.items()]
-    width = max(9, (80 - 13) // len(columns) - 2)
-    short = [p if len(p) <= width else f"..{p[2 - width:]}" for p, _, _ in columns]
-    rows = [("", short), ("benchmark", [name[:width] for _, name, _ in columns])]
+    rows = [("benchmark", [name[:max(9, 67 // len(columns) - 2)] for _, name, _ in columns])]
     rows += [(m, [f"{s['markers'][m]:,.2f}" for _, _, s in columns]) for m in MARKERS]
     for what, form in dict(total=",.2f", responses=",", tokens=",.1f", accuracy=".3f").items():
         rows += [(what, ["" if s[what] is None else f"{s[what]:{form}}" for _, _, s in columns])]
-    rows = [(label, cells) for label, cells in rows if any(cells)]
-    width = max(len(cell) for _, cells in rows for cell in cells)
-    # step_40.jsonl may be any run's: shortened names are told apart by the list, in column order
-    paths = [p for p, _ in files] + [""] if any(len(p) > width for p, _ in files) else []
-    return "\n".join(paths + [f"{label:13}" + "".join(f"  {cell:>{width}}" for cell in cells)
-                              for label, cells in rows])
+    return _grid([path for path, _, _ in columns], rows)
+
+
+# ------------------------------------------------------------------------- the judge (App. B.5)
+
+
+def judgement(said):
+    r"""(count, expressions) of the last JSON object with a count in a judge's answer, else None.
+
+    Judges put prose, ``` or a think part around it, and quote LaTeX, whose \sin is no JSON.
+    """
+    said = said.rpartition("</think>")[2][-20_000:]  # what is longer never ends
+    said = _ESCAPE.sub(lambda m: m[0] if m[1] else r"\\", said)
+    for brace in reversed(list(re.finditer("{", said))):
+        with contextlib.suppress(ValueError, RecursionError):
+            found = _JSON.raw_decode(said, brace.start())[0]
+            examples = found.get("examples")
+            examples = examples if isinstance(examples, list) else [examples]
+            if count := re.fullmatch(r"([0-9]{1,6})(?:\.0)?", str(found.get("count"))):
+                return int(count[1]), [e for e in examples if isinstance(e, str)]
+
+
+def _ask(client, model, text):
+    """A judgement, or why this text gets none. Sampling is the server's: the paper names none."""
+    from openai import APIResponseValidationError, BadRequestError
+    messages = [dict(role="system", content=JUDGE_PROMPT),
+                dict(role="user", content=text.encode(errors="replace").decode())]
+    for _ in range(3):
+        try:
+            reply = client.chat.completions.create(model=model, messages=messages)
+            if found := judgement(reply.choices[0].message.content):
+                return found
+        except BadRequestError as error:  # too long or refused: the others may be answered
+            return str(error)
+        except (AttributeError, LookupError, TypeError, ValueError, APIResponseValidationError):
+            continue  # not as the protocol has it
+    return "it says no JSON object with a count"
+
+
+def _judge(path, args, client):
+    """[(count, expressions)] of a file's responses; asks about those that it has not asked about."""
+    places, target = {}, Path(path).with_suffix(".judged.jsonl")  # {hash: (text, its indices)}
+    texts = (t for ts in _lines(path, lambda record: _responses(record, args.field)) for t in ts)
+    for i, text in enumerate(texts):
+        asked = (JUDGE_PROMPT + text).encode("utf-8", "surrogatepass")
+        places.setdefault(hashlib.sha256(asked).hexdigest()[:16], (text, []))[1].append(i)
+    judged = {key: (0, []) for key, (text, _) in places.items() if not text.strip()}
+    old = target.read_bytes() if target.exists() else b""
+    old = old[:old.rfind(b"\n") + 1]  # a kill may have torn the last line
+    try:
+        rows = [r for r in map(json.loads, old.splitlines()) if r["model"] == args.judge_model]
+        judged |= {r["hash"]: (r["count"], r["expressions"]) for r in rows}
+        written = {(r["hash"], r["index"]) for r in rows}
+    except (ValueError, LookupError, TypeError):
+        raise ValueError(f"{target}: holds something else than judgements; move it away") from None
+    todo = [text for key, (text, _) in places.items() if key not in judged]
+    tokens = sum(len(JUDGE_PROMPT + text) for text in todo) // 4  # about 4 characters each
+    print(f"{path}: {len(todo):,} requests to make, of about {tokens:,} tokens in all", flush=True)
+    if args.dry_run:
+        return print(*[f"\n{JUDGE_PROMPT}\n\n{text[:1000]}\n" for text in todo[:1]])
+
+    def judge(key):
+        found = judged.get(key) or _ask(client, args.judge_model, places[key][0])
+        if isinstance(found, str):
+            return found
+        row = dict(model=args.judge_model, expressions=found[1], count=found[0], hash=key)
+        file.write(b"".join(json.dumps(dict(index=i, **row)).encode() + b"\n"
+                            for i in places[key][1] if (key, i) not in written))
+        file.flush()
+        judged[key] = found
+    with open(target, "ab") as file, ThreadPoolExecutor(args.concurrency) as pool:
+        file.truncate(len(old))
+        failed = [why for why in pool.map(judge, places) if why]  # an exception calls off the rest
+    if failed:
+        why = failed[0].replace(client.api_key, "***")
+        print(f"{path}: {len(failed):,} not judged, as {why[:300]!r}; another start asks again")
+    if not places.keys() & judged:
+        raise ValueError(f"{path}: no response of it is judged")
+    return [judged[key] for key, (_, at) in places.items() if key in judged for _ in at]
+
+
+def _judged_table(paths, judged):
+    """Table 5's mean, Figure 13's box, and what the judge quoted most often, per response."""
+    counts = [[count for count, _ in file] for file in judged]
+    boxes = [[sorted(c)[round(q / 4 * (len(c) - 1))] for q in range(5)] for c in counts]
+    quotes = [Counter(q.lower().strip(" .,:;!?…\"'“”") for _, qs in file for q in qs)
+              for file in judged]
+    rows = [("mean (Table 5)", [f"{sum(c) / len(c):.2f}" for c in counts]),
+            ("least, quartiles, most", [" ".join(map(str, box)) for box in boxes]),
+            ("responses", [f"{len(c):,}" for c in counts])]
+    rows += [(f"“{quote[:24]}”", [f"{q[quote] / len(c):.2f}" for q, c in zip(quotes, counts)])
+             for quote, _ in sum(quotes, Counter()).most_common(20)]
+    return _grid(paths, rows, 28)
+
+
+def _judge_files(args):
+    address = re.fullmatch(r"https?://([\w.-]+|\[[0-9a-f:]+\])(:[0-9]+)?(/[\w./~-]*)?", args.judge)
+    if not address or not args.judge_model or args.concurrency < 1:
+        raise ValueError("--judge needs a server's address, as http://localhost:8000/v1, "
+                         "--judge_model its name there, and --concurrency 1 at least")
+    if args.dry_run:
+        return [_judge(path, args, None) for path in args.files]
+    import openai
+    key = os.environ.get("OPENAI_API_KEY", "").strip() or "none is set"
+    try:
+        client = openai.OpenAI(  # waits 0.5, 1, ... 8 s before it tries again, or as it is told
+            base_url=args.judge, api_key=key, max_retries=6, timeout=JUDGE_TIMEOUT)
+        judged = [_judge(path, args, client) for path in args.files]
+    except openai.OpenAIError as error:
+        why = " ".join(str(error).replace(key, "***").split())[:300]
+        raise ValueError(f"the judge: {why}; what it has judged is kept") from None
+    print(f"\nuncertainty expressions per response, as {args.judge_model} counts (App. B.5)\n\n"
+          f"{_judged_table(args.files, judged)}")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Epistemic markers per response, one table.")
-    parser.add_argument("files", nargs="+", help="JSON Lines with a response or a list of them")
-    parser.add_argument("--whole_word", action="store_true",
-                        help="count whole words only; the paper counts substrings")
-    parser.add_argument("--field", help=f"where it is, if not in {', '.join(RESPONSE_FIELDS)}")
+    add = parser.add_argument
+    add("files", nargs="+", help="JSON Lines with a response or a list of them")
+    add("--whole_word", action="store_true",
+        help="count whole words only; the paper counts substrings")
+    add("--field", help=f"where it is, if not in {', '.join(RESPONSE_FIELDS)}")
+    add("--judge", metavar="URL", help="have an OpenAI-compatible server count (App. B.5), its key "
+        "in OPENAI_API_KEY; FILE's judgements go to FILE with suffix .judged.jsonl")
+    add("--judge_model", metavar="NAME", help="what the judge is called there")
+    add("--dry_run", action="store_true", help="say what --judge would ask; ask nothing")
+    add("--concurrency", type=int, default=8, help="requests to the judge at a time")
     args = parser.parse_args(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a path need not be printable
     try:
+        if args.judge is not None:
+            return _judge_files(args)
         files = [(p, _summarize_file(p, args.whole_word, args.field)) for p in args.files]
     except OSError as error:
         parser.exit(2, f"epistemic.py: {error.filename}: {error.strerror}; give .jsonl files\n")
     except ValueError as error:
         parser.exit(2, f"epistemic.py: {error}\n")
     how = "whole words: not the paper's count" if args.whole_word else "substrings, as in the paper"
-    sys.stdout.reconfigure(errors="backslashreplace")  # a path need not be printable
     print(f"mean occurrences per response ({how})\n\n{_table(files)}")
 
 
