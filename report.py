@@ -1,172 +1,551 @@
-"""Tables and figures, from the files that the scripts write. Imports none of them.
+"""Every figure and table, from the files that the scripts write. Imports none of them.
 
     python report.py runs/demo                # what `make demo` left: conditions, sft, grpo, sdpo
-    python report.py runs/study/seed_*        # `make study`: means and spread over the seeds
+    python report.py runs/study/seed_*        # `make study`; runs of one name are seeds of one arm
+    python report.py runs                     # all there is below, also while a run goes on
 
-A folder holds some of conditions/ and sft/eval/ (with a summary.json each) and training runs (with
-metrics.jsonl and eval/). Prints Table 1, Table 2, where every training run ended, and GRPO beside
-SDPO over the steps, and draws them (Figures 3, 7, 8 and 9 in small) as report.png.
+Prints the main tables. Writes into --out (else the given folder, or the one above several)
+report.html, which holds everything and needs no network, report.png, an overview, and figures/.
+SECTIONS, at the end, lists every figure and table with the files that it reads.
 """
 import argparse
+import base64
+import functools
+import html
+import io
 import json
-import statistics
+import os
+import re
 import sys
-from pathlib import Path
+from collections import Counter, defaultdict
+from pathlib import Path, PurePath
+from statistics import fmean, stdev
+from types import SimpleNamespace
+
+import matplotlib
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+import epistemic
+
+# --- reading -------------------------------------------------------------------------------------
+
+FORMS = dict(score=".3f", length=",.0f", epistemic=".1f")
+unread = {}  # {file: why a line of it was left out}
 
 def fail(message):
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 def read_lines(path):
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        fail(f"{path}: {error}; has the run that writes it got so far?")
+    """The objects of a JSON Lines file, one at a time; none if there is no such file.
 
-# --- reading -------------------------------------------------------------------------------------
+    Another line is left out and named: the last one is half written while a run goes on.
+    """
+    with open(path, "rb") if path and path.is_file() else io.BytesIO() as file:
+        for number, line in enumerate(file, 1):
+            try:  # surrogatepass: half an emoji is what a token limit leaves
+                yield dict(json.loads(line.decode("utf-8", "surrogatepass"), strict=False))
+            except (ValueError, TypeError, RecursionError):
+                unread[path] = f"line {number} is no JSON object"
 
-QUANTITIES = (("score", ".3f"), ("length", ",.0f"), ("epistemic", ".1f"))
+class Point(SimpleNamespace):
+    """One benchmark's {quantity: mean}, `values`, of an `arm` at a `step`; `path`: of its answers.
 
-def read_run(folder):
-    """({quantity: values over the steps}, {evaluated step: {benchmark: averages}}) of a run."""
-    metrics = read_lines(folder / "metrics.jsonl")
-    files = sorted((folder / "eval").glob("step_*.json"), key=lambda p: int(p.stem[5:]))
-    if not files:
-        fail(f"{folder}/eval: no evaluation in it")
-    training = {q: [m[q] for m in metrics] for q, _ in QUANTITIES}
-    return training, {int(p.stem[5:]): read_lines(p)[0] for p in files}
+    kind and where: "run" and its model, or "evaluation" or "contexts" and the folder. A run's
+    training is one of its benchmarks. What others began with is the arm "base".
+    """
 
-def read_folder(folder):
-    """(Table 1's rows, Table 2's rows, {name: read_run}) of what the folder holds."""
-    def summary(name, key):
-        path = folder / name / "summary.json"
-        return read_lines(path)[0][key] if path.exists() else {}
-    runs = sorted(path.parent for path in folder.glob("*/metrics.jsonl"))
-    tuned = {f"SFT on {Path(name).parent}" if "/" in name else "base": rows  # d_ug/step_45
-             for name, rows in summary("sft/eval", "models").items()}
-    return summary("conditions", "contexts"), tuned, {run.name: read_run(run) for run in runs}
+    def answers(self):
+        for r in read_lines(self.path):  # a run keeps all its benchmarks' in one file
+            if self.kind != "run" or r["benchmark"] == self.benchmark:
+                yield r
+
+    @functools.cached_property
+    def digest(self):
+        """(uses an answer of each marker, of each word, {question: [record without text]})."""
+        markers, words, questions = Counter(), Counter(), defaultdict(list)
+        for r in self.answers():
+            text = r.pop("response")
+            markers.update(epistemic.count_by_marker(text))
+            words.update(re.findall("[a-z]+", text.lower()))
+            questions[r["index"]].append(dict(r, score=r["correct"], length=r["tokens"]))
+        n = sum(map(len, questions.values()))
+        return [{w: c / n for w, c in uses.items()} for uses in (markers, words)] + [questions]
+
+class Folder:
+    """A folder with results, in points. Those of one name are the seeds of one arm."""
+
+    def __init__(self, name, seed, path):
+        self.name, self.seed, self.path = name, seed, path
+        self.config, self.summary, self.errors, self.token_kl = (
+            next(read_lines(path / f"{file}.json"), {})
+            for file in ("config", "summary", "errors", "token_kl"))
+        self.model = "/".join(PurePath(str(self.config.get("model"))).parts[-2:]) + (
+            "" if self.config.get("enable_thinking", True) else ", thinking off")
+        self.points = [*self.run(), *self.evaluation(), *self.contexts()]
+
+    def point(self, kind, arm, step, benchmark, row, path):
+        values = {q: y for q, y in row.items() if q in FORMS or q.startswith("pass@")}
+        return Point(kind=kind, where=self.model if kind == "run" else self.name, arm=arm, step=step,
+                     seed=self.seed, benchmark=benchmark, values=values, path=path)
+
+    def run(self):
+        """Training's are means of the last five steps; its step 0 is the first one's rollouts."""
+        rows = [m for m in read_lines(self.path / "metrics.jsonl") if "score" in m]  # SFT has none
+        for i in range(len(rows) + 1 if rows else 0):
+            mean = {q: fmean(m[q] for m in rows[max(i - 5, 0):i] or rows[:1]) for q in FORMS}
+            yield self.point("run", self.name if i else "base", i, "training", mean, None)
+        for path in self.path.glob("eval/step_*.json"):
+            for b, row in next(read_lines(path), {}).items():
+                step = int(path.stem[5:])
+                yield self.point("run", self.name if step else "base", step, b, row,
+                                 path.with_suffix(".jsonl"))
+
+    def evaluation(self):
+        models = self.summary.get("models", {})
+        starts = [name for name in models if not re.search(r"/step_\d+$", name)]
+        for name, row in models.items():
+            arm, _, step = (name, "", 0) if name in starts else name.rpartition("/step_")
+            arm = "base" if [name] == starts else re.sub("^(d_[us]g)$", r"SFT on \1", arm)
+            for b, r in row.items():
+                n = str(r.get("samples", 1))
+                best = {f"pass@{n}": r["pass_at"][n]} if n != "1" else {}
+                yield self.point("evaluation", arm, int(step), b, r | best,
+                                 self.path / name / f"{b}.jsonl")
+
+    def contexts(self):
+        for name, row in self.summary.get("contexts", {}).items():
+            yield self.point("contexts", name, 0, "", row, self.path / f"{name}.jsonl")
+
+def find(roots):
+    """The folders with results below the roots; a folder seed_N is no part of a name."""
+    found, top = [], os.path.commonpath([root.absolute() for root in roots])
+    for here, below, files in (step for root in roots
+                               for step in os.walk(root.absolute(), followlinks=True)):
+        path, real = Path(here), Path(here).resolve()
+        below[:] = sorted(d for d in below if d not in ("checkpoints", "rollouts", "rounds")
+                          and (real / d).resolve() not in (real, *real.parents))
+        if {"summary.json", "metrics.jsonl"} & set(files):
+            seeds = [p for p in path.parts if re.fullmatch(r"seed_\d+", p)]
+            named = [p for p in path.parts if p not in seeds]
+            inner = [p for p in path.relative_to(top).parts if p not in seeds]
+            found.append(Folder("/".join(inner or named[-1:]), int((seeds or ["seed_0"])[-1][5:]), path))
+    return sorted(found, key=lambda f: (f.name, f.seed))
+
+def last(found, *kinds):
+    """{(where, benchmark): {arm: {seed: its last Point}}}, the base first."""
+    tree = defaultdict(lambda: defaultdict(dict))
+    for p in sorted((p for f in found for p in f.points if p.kind in kinds),
+                    key=lambda p: (p.benchmark != "training", p.arm != "base", p.step)):
+        tree[p.where, p.benchmark][p.arm][p.seed] = p
+    return tree
 
 # --- tables --------------------------------------------------------------------------------------
 
-def spread(values, form):
-    """Mean ± standard deviation over the seeds; the value alone if there is one."""
-    deviation = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):{form}}{deviation}"
+def standard_error(values):
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
-def table(title, rows, columns):
-    """rows: {name: one {column: value} a seed}; columns: (name, format)."""
-    lines = [f"{title:24s}" + "".join(f"{name:>18s}" for name, _ in columns)]
-    for name, seeds in rows.items():
-        cells = (spread([seed[column] for seed in seeds], form) for column, form in columns)
-        lines.append(f"{name:24s}" + "".join(f"{cell:>18s}" for cell in cells))
-    return "\n".join(lines)
+def cell(values, form):
+    """Mean ± standard error of [(value, its error)]: over the seeds if there are several."""
+    means = [v for v, _ in values]
+    error = standard_error(means) if len(means) > 1 else values[0][1] if values else None
+    return (f"{fmean(means):{form}}" if means else "") + ("" if error is None else
+                                                         f" ± {error:{form}}")
 
-def by_benchmark(summaries):
-    """One {benchmark quantity: value} a seed, from one {benchmark: averages} a seed."""
-    return [{f"{bench} {q}": s[bench][q] for bench in s for q, _ in QUANTITIES} for s in summaries]
+def grid(title, rows):
+    """Lines of cells, the header first, from {name: {seed: {column: (value, error)}}}."""
+    columns = dict.fromkeys(c for seeds in rows.values() for row in seeds.values() for c in row)
+    return [[title, *columns]] + [
+        [name] + [cell([row[c] for row in seeds.values() if c in row],
+                       FORMS.get(c.split()[-1], ".3f")) for c in columns]
+        for name, seeds in rows.items()]
 
-def columns_of(summary):
-    return [(f"{bench} {q}", form) for bench in summary for q, form in QUANTITIES]
+def as_text(lines):
+    widths = [max(map(len, column)) + 2 for column in zip(*lines)]
+    return "\n".join(f"{name:{widths[0]}}" + "".join(
+        f"{c:>{w}}" for c, w in zip(line, widths[1:])) for name, *line in lines) + "\n"
 
-def ends(runs_by_seed):
-    """{run: where it ended, by seed}, the base first: training score (last 5 steps), benchmarks."""
-    rows = {}
-    for runs in runs_by_seed:
-        for name, (training, evals) in runs.items():
-            end = by_benchmark([evals[max(evals)]])[0]
-            score = statistics.fmean(training["score"][-5:])
-            rows.setdefault(name, []).append({**end, "training": score})
-        first, (training, evals) = next(iter(runs.items()))
-        base = by_benchmark([evals[0]])[0]
-        rows.setdefault("base", []).append({**base, "training": training["score"][0]})
-    return {"base": rows.pop("base"), **rows}
+def as_html(lines):
+    head, *body = [[html.escape(str(c)) for c in line] for line in lines]
+    return f'<div class="wide"><table><tr><th>{"<th>".join(head)}</tr>' + "".join(
+        f'<tr><th>{"<td>".join(line)}</tr>' for line in body) + "</table></div>"
 
-def over_steps(runs_by_seed, names, benchmark):
-    """Figure 3 in numbers: what the runs do at every evaluated step, mean over seeds."""
-    evals = runs_by_seed[0][names[0]][1]
-    lines = [f"{'':8s}" + "".join(f"{name:^44s}" for name in names),
-             f"{'step':8s}" + "".join(f"{q:>11s}" for q in ("score", "length", "epistemic",
-                                                            f"{benchmark} score")) * len(names)]
-    for step in evals:
-        cells = ""
-        for name in names:
-            runs = [runs[name] for runs in runs_by_seed]
-            for q, form in QUANTITIES:  # of the step's rollouts; the first step's are the base's
-                value = statistics.fmean(training[q][max(step, 1) - 1] for training, _ in runs)
-                cells += f"{value:>11{form}}"
-            cells += f"{statistics.fmean(e[step][benchmark]['score'] for _, e in runs):>11.3f}"
-        lines.append(f"{step:<8d}{cells}")
-    return "\n".join(lines)
+def results(found, kind):
+    """{where: {arm: {seed: {"benchmark quantity": (value, its error over questions)}}}} at the end."""
+    tables = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
+    for (where, b), arms in last(found, kind).items():
+        for p in (p for seeds in arms.values() for p in seeds.values()):
+            for q, y in p.values.items():  # the answers to one question are no independent draws
+                means = [fmean(r[q] for r in rs) for rs in p.digest[2].values()] if q in FORMS else []
+                tables[where][p.arm][p.seed][f"{b} {q}".strip()] = y, standard_error(means)
+    return tables
 
-# --- figure --------------------------------------------------------------------------------------
+def tables(found, kind):
+    return [as_html(grid(where, rows)) for where, rows in results(found, kind).items()]
 
-def bars(axis, title, values):
-    """values: {name: one number a seed}; a bar for the mean, a dot for every seed."""
-    axis.bar(range(len(values)), [statistics.fmean(v) for v in values.values()], color="0.75")
-    for i, seeds in enumerate(values.values()):
-        axis.plot([i] * len(seeds), seeds, "k.", ms=4)
-    axis.set_xticks(range(len(values)), values, rotation=20, ha="right", fontsize=8)
-    axis.set(title=title)
+# --- drawing -------------------------------------------------------------------------------------
 
-def plot(conditions, sft, runs_by_seed, benchmark, path):
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(2, 3, figsize=(13, 7))
-    if conditions[0]:
-        bars(axes[0, 0], "Table 1: epistemic tokens by context", {
-            name: [c[name]["epistemic"] for c in conditions] for name in conditions[0]})
-    if sft[0]:
-        bars(axes[0, 1], f"Table 2: {benchmark} score after SFT", {
-            name: [s[name][benchmark]["score"] for s in sft] for name in sft[0]})
-    panels = (axes[0, 2], f"{benchmark} score", None), (axes[1, 0], "training score", "score"), (
-        axes[1, 1], "training length (tokens)", "length"), (
-        axes[1, 2], "training epistemic tokens", "epistemic")
-    for axis, title, quantity in panels:
-        for color, name in enumerate(runs_by_seed[0]):
-            for i, runs in enumerate(runs_by_seed):
-                training, evals = runs[name]
-                steps, values = range(1, len(training["score"]) + 1), training.get(quantity)
-                if quantity is None:
-                    steps, values = list(evals), [e[benchmark]["score"] for e in evals.values()]
-                axis.plot(steps, values, color=f"C{color}", lw=1.2, alpha=0.8,
-                          marker="o" if quantity is None else "", ms=3, label=None if i else name)
-        axis.set(title=title, xlabel="step", ylim=(0, None))
-        axis.grid(alpha=0.25)
-    axes[0, 2].legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8C6D00", "#7A5195", "#333333")
+UNITS = dict(score="score (share right)", length="length (tokens)", epistemic="epistemic words")
+pyplot.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+                        "axes.grid": True, "grid.alpha": 0.25, "axes.titlesize": 10})
+pictures = {}  # {name: PNG} of what was drawn
+
+def panel(title, draw, data, **labels):
+    """A picture of its own, so that the page sets as many beside each other as it has room for."""
+    figure, axis = pyplot.subplots(figsize=(4.8, 3.2), layout="constrained")
+    axis.set(title=title, **labels)
+    draw(axis, data)
+    figure.savefig(file := io.BytesIO(), dpi=120)
+    pyplot.close(figure)
+    name = f"{len(pictures) + 1:03d}_" + re.sub(r"\W+", "_", title.lower()).strip("_")
+    pictures[name] = file.getvalue()
+    data = base64.b64encode(file.getvalue()).decode()
+    return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
+
+def lines(axis, series):
+    """series: {name: one {x: y} a seed}. Their mean, and a band from the lowest to the highest."""
+    ends, low = [], -0.15
+    for i, (name, seeds) in enumerate(series.items()):
+        at = {x: [s[x] for s in seeds if x in s] for x in sorted(set().union(*seeds))}
+        x, mean, color = list(at), [fmean(ys) for ys in at.values()], COLORS[i % 8]
+        axis.plot(x, mean, color=color, lw=1.6, marker="o" if len(x) < 12 else "", ms=3)
+        axis.fill_between(x, [*map(min, at.values())], [*map(max, at.values())], color=color,
+                          alpha=0.15, lw=0)
+        ends.append((mean[-1], name, color))
+    axis.set_ylim(0, None)
+    for y, name, color in sorted(ends):  # moved apart where they would cover each other
+        low = max(low + 0.065, y / axis.get_ylim()[1])
+        axis.text(1.02, low, name, color=color, transform=axis.transAxes, va="center", size=8)
+
+def over_sizes(axis, series):
+    lines(axis, series)
+    sizes = sorted(set().union(*(s for seeds in series.values() for s in seeds)))
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(sizes, sizes)
+
+def bars(axis, series):
+    """series: {arm: one {marker: value} a seed}: for a word a bar an arm, and a dot a seed."""
+    every = [s for seeds in series.values() for s in seeds]
+    words = sorted((w for w in epistemic.MARKERS if any(s.get(w) for s in every)),
+                   key=lambda w: -max(abs(s.get(w, 0)) for s in every))
+    for i, (name, seeds) in enumerate(series.items()):
+        for j, word in enumerate(words):
+            y, values = j + 0.8 * i / len(series), [s.get(word, 0) for s in seeds]
+            axis.barh(y, fmean(values), 0.8 / len(series), color=COLORS[i % 8])
+            axis.plot(values, [y] * len(values), "k.", ms=3 if len(values) > 1 else 0)
+            if j == 0:
+                axis.annotate(name, (max(0, *values, 0), y), (4, 0), textcoords="offset points",
+                              va="center", size=8, color=COLORS[i % 8])
+    axis.set_yticks([j + 0.4 - 0.4 / len(series) for j in range(len(words))], words)
+    axis.invert_yaxis()
+    never = ", ".join(w for w in epistemic.MARKERS if w not in words)
+    axis.set_xlabel(axis.get_xlabel() + (f"\nnever said: {never}" if never else ""))
+    axis.figure.set_figheight(1.2 + 0.15 * len(words) * (len(series) + 1))
+
+def shifts(axis, arms):
+    """arms: {name: ({marker: shift}, {other word: shift}, ratio)}: a dot a word."""
+    for i, (name, (ours, others, ratio)) in enumerate(arms.items()):
+        for words, y, color in ((ours, i, COLORS[i % 8]), (others, i + 0.35, "0.45")):
+            axis.plot([*words.values()], [y] * len(words), "o", ms=4, color=color, alpha=0.6)
+            for w in sorted(words, key=lambda w: abs(words[w]))[-1:]:
+                axis.annotate(f"{w} {words[w]:+.1f}", (words[w], y), (0, 5), size=7, ha="center",
+                              textcoords="offset points", color=color)
+        axis.text(1.02, i + 0.17, f"{ratio:.1f} x", transform=axis.get_yaxis_transform())
+    axis.set_yticks([i + 0.17 for i in range(len(arms))], arms)
+    axis.set_ylim(len(arms) - 0.3, -0.5)
+    axis.figure.set_figheight(1.2 + 0.6 * len(arms))
+
+# --- figures and tables: each gives pieces of HTML, none if there is nothing to draw --------------
+
+def configs(found):
+    """{model: {arm: config}} of the training runs."""
+    tree = defaultdict(dict)
+    for f in (f for f in found if any(p.kind == "run" for p in f.points)):
+        tree[f.model][f.name] = f.config
+    return tree
+
+def curves(found, where, labels, title):
+    """A panel a benchmark and quantity, over the steps, of the arms in {arm: its label}."""
+    tree = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
+    for p in (p for f in found for p in f.points if p.where == where):
+        for q, y in p.values.items():
+            tree[p.benchmark, q][p.arm][p.seed][p.step] = y
+    for (b, q), arms in tree.items():
+        series = {label: [arms["base"][seed] | steps for seed, steps in arms[a].items()]
+                  for a, label in labels.items() if a in arms}
+        if series:
+            yield panel(f"{title}: {b} {q}", lines, series, xlabel="step", ylabel=UNITS.get(q, q))
+
+def alike(arms, key):
+    """The groups of {arm: config} that differ in this flag alone, but for the rest of a run."""
+    groups = defaultdict(dict)
+    for arm, c in arms.items():
+        rest = re.compile(f"{key}|run_dir|seed|commit|versions|world_size|resume|steps|.*_every|"
+                          "eval_.*|tokens_per_.*|recompute_.*|offload_.*|gpu_memory_.*")
+        groups[json.dumps({k: c[k] for k in sorted(c) if not rest.fullmatch(k)})][arm] = c
+    for group in groups.values():
+        if len({str(c.get(key)) for c in group.values()}) > 1:
+            yield dict(sorted(group.items(), key=lambda i: (str(type(i[1].get(key))), i[1].get(key))))
+
+def compared(found, key):
+    """Curves of the runs that differ in one flag."""
+    return [image for model, arms in configs(found).items() for group in alike(arms, key) for image
+            in curves(found, model, {a: f"{c.get(key)} ({a})" for a, c in group.items()}, key)]
+
+def all_runs(found, *flags):
+    """Eight arms a picture at most; of those that differ in |D| alone the one with the most."""
+    for model, arms in configs(found).items():
+        few = {a for group in alike(arms, "num_questions") for a in list(group)[:-1]}
+        shown = [a for a, c in arms.items() if a not in few and all(c.get(k) == v for k, v in flags)]
+        for i in range(0, len(shown), 8):
+            yield from curves(found, model, {a: a for a in shown[i:i + 8]}, model)
+
+def over_data(found, key, size, xlabel):
+    """Where the runs ended that differ in their data alone, over its size."""
+    for model, arms in configs(found).items():
+        rows, series = results(found, "run")[model], defaultdict(lambda: defaultdict(dict))
+        for group in alike(arms, key):
+            for a, c in group.items():
+                for seed, row in rows[a].items() if size(c) else ():
+                    for column, (y, _) in row.items():
+                        series[column][min(group, key=len), seed][size(c)] = y
+        for column, of in series.items():
+            names = dict.fromkeys(name for name, _ in of)
+            yield panel(f"{model}: {column} at the end", over_sizes, {
+                name: [s for (n, _), s in of.items() if n == name] for name in names},
+                xlabel=xlabel, ylabel=UNITS.get(column.split()[-1], column))
+
+def families(config):
+    match = re.search(r"families_(\d+)\.jsonl$", str(config.get("data")))
+    return match and int(match[1])
+
+def context_words(found):
+    for (where, _), arms in last(found, "contexts").items():
+        yield panel(where, bars, {a: [p.digest[0] for p in seeds.values()]
+                                  for a, seeds in arms.items()}, xlabel="uses an answer")
+
+def model_words(found):
+    models = defaultdict(dict)
+    for (where, b), arms in last(found, "run", "evaluation").items():
+        if rows := [p.digest[0] for p in arms["base"].values() if p.digest[0]]:
+            models[b][where] = rows
+    return [panel(f"{b}, before training", bars, rows, xlabel="uses an answer")
+            for b, rows in models.items() if len(rows) > 1]
+
+def against_base(found):
+    """(title, {arm: [(digest of the base, digest of the arm) of each seed]})"""
+    for (where, b), arms in last(found, "run", "evaluation").items():
+        base = arms.pop("base", {})
+        pairs = {a: [(base[s].digest, p.digest) for s, p in seeds.items()
+                     if s in base and base[s].digest[0] and p.digest[0]] for a, seeds in arms.items()}
+        if any(pairs.values()):
+            yield f"{where}: {b}, change", {a: rows for a, rows in pairs.items() if rows}
+
+def changed_words(found):
+    for title, arms in against_base(found):
+        yield panel(title, bars, {a: [{w: new[0][w] - base[0][w] for w in base[0]}
+                                      for base, new in pairs] for a, pairs in arms.items()},
+                    xlabel="change, uses an answer")
+
+def word_shifts(pairs):
+    """App. B.4: ({marker: shift}, {other word of the base's vocabulary: shift}, ratio of means)."""
+    shift = {w: fmean(new[1].get(w, 0) - base[1].get(w, 0) for base, new in pairs)
+             for w in set().union(*(base[1] for base, _ in pairs))}
+    ours = {w: shift.pop(w) for w in epistemic.MARKERS if w in shift}
+    a, b = (fmean(map(abs, words.values())) if words else 0 for words in (ours, shift))
+    return ours, shift, a / b if b else float("nan")
+
+def all_words(found):
+    for title, arms in against_base(found):
+        yield panel(title, shifts, {a: word_shifts(pairs) for a, pairs in arms.items()},
+                    xlabel="change, uses an answer; right: ratio of mean sizes")
+
+def judged(found):
+    rows, counts = [], {}
+    for f, path in ((f, path) for f in found for path in sorted(f.path.rglob("*.judged.jsonl"))):
+        answers = [r for r in read_lines(path) if isinstance(r.get("count"), int)]
+        if answers:
+            name = f"{f.name} {path.relative_to(f.path)}".removesuffix(".judged.jsonl")
+            n = counts[name] = [r["count"] for r in answers]
+            said = Counter(str(e) for r in answers for e in r.get("expressions") or ())
+            rows.append([name, len(n), cell([(fmean(n), standard_error(n))], ".2f"),
+                         "; ".join(e for e, _ in said.most_common(5))])
+    if rows:
+        yield as_html([["", "answers", "expressions an answer", "the most frequent"], *rows])
+        yield panel("Expressions of uncertainty, by a judge", lambda axis, data: axis.boxplot(
+            [*data.values()], orientation="horizontal", tick_labels=[*data]), counts,
+            xlabel="expressions an answer")
+
+FREQUENT = 25  # ours: the paper does not say what is frequent; its rarest variant has 25
+
+def token_kl(found):
+    for f in (f for f in found if f.token_kl):
+        tokens = [(t["text"], t["kl"] / t["count"], t["count"]) for t in f.token_kl.values()
+                  if t["count"]]
+        frequent = [kl for _, kl, n in tokens if n >= FREQUENT]
+        mean = fmean(frequent) if frequent else float("nan")
+        rows = [[w, repr(text), f"{kl:.3f}", f"{n:,}", f"{kl / mean:.1f} x"]
+                for w in epistemic.MARKERS for text, kl, n in sorted(tokens, key=lambda t: -t[1])
+                if text in (w, f" {w}", w.title(), f" {w.title()}")]
+        yield as_html([[f"{f.name}, seed {f.seed}", "variant", "mean KL", "count", "ratio"], *rows, [
+            "all", f"{len(frequent):,} tokens seen {FREQUENT} times", f"{mean:.3f}", "", "1.0 x"]])
+
+def checkpoints(found):
+    for name in dict.fromkeys(f.name for f in found):
+        steps = defaultdict(set)
+        for p in (p for f in found for p in f.points if (p.kind, p.where) == ("evaluation", name)):
+            steps[p.arm].add(p.step)
+        yield from curves(found, name, {a: a for a in steps if len(steps[a]) > 1}, name)
+
+def errors(found):
+    for f in (f for f in found if f.errors):
+        kinds = dict.fromkeys(kind for row in f.errors.values() for kind in row)
+        yield as_html([[f"{f.name}, seed {f.seed}", *kinds], *(
+            [name, *(row.get(kind, 0) for kind in kinds)] for name, row in f.errors.items())])
+
+SHOWN, MODELS, LONGEST = 6, 4, 20_000  # questions a benchmark, answers beside each other, letters
+
+def highlighted(text):
+    """HTML of an answer, its markers marked as epistemic.py counts them: as substrings."""
+    if len(text) > LONGEST:
+        text = (f"{text[:LONGEST // 2]}\n\n[{len(text) - LONGEST:,} letters are left out here]\n\n"
+                f"{text[-LONGEST // 2:]}")
+    parts = map(html.escape, re.split(f"({'|'.join(epistemic.MARKERS)})", text, flags=re.I | re.A))
+    return "".join(f"<mark>{part}</mark>" if i % 2 else part for i, part in enumerate(parts))
+
+def traces(found):
+    for (where, b), arms in last(found, "contexts", "run", "evaluation").items():
+        ends = [p for seeds in arms.values() for p in [min(seeds.items())[1]] if p.digest[0]]
+        shown = ends[:MODELS]
+        score = [{i: fmean(r["score"] for r in rs) for i, rs in p.digest[2].items()} for p in shown]
+        both = set(score[0]).intersection(*score) if len(score) > 1 else ()
+        apart = {i: max(s[i] for s in score) - min(s[i] for s in score) for i in both}
+        chosen = sorted(both, key=lambda i: (-apart[i], i))[:SHOWN]
+        if chosen:
+            yield (f"<h3>{html.escape(f'{where} {b}')}</h3><p>{len(chosen)} of {len(both)} questions, "
+                   f"beginning with those on which {len(shown)} of {len(ends)} models differ (they "
+                   f"do on {sum(map(bool, apart.values()))}). The first answer of each.</p>")
+        texts = {i: {} for i in chosen}
+        for p in shown:
+            for r in p.answers():
+                if r["index"] in texts:
+                    texts[r["index"]].setdefault(p.arm, r)
+        for i, answers in texts.items():
+            yield f"<details><summary>{question(found, b, next(iter(answers.values())))}</summary>"
+            yield "".join(
+                f"<div><b>{html.escape(arm)}: {'right' if r['correct'] else 'wrong'}</b>, "
+                f"{r['tokens']:,} tokens, {epistemic.count(r['response'])} epistemic words"
+                f"<pre>{highlighted(r['response'])}</pre></div>" for arm, r in answers.items())
+            yield "</details>"
+
+def question(found, b, r):
+    """HTML of what was asked; of a run's own evaluation only the answer is recorded."""
+    return html.escape(f"{r.get('question', 'Question %s' % r['index'])}") + (
+        f" <b>{html.escape(str(r.get('answer')))}</b>")
+
+SECTIONS = (  # title, the files that it is drawn from, by what
+    ("Where the runs ended", "metrics.jsonl, eval/step_N.json(l)", tables, "run"),
+    ("Tables 1 and 7: one question in five contexts", "generate_conditions.py's folder",
+     tables, "contexts"),
+    ("Figure 9: the words by context", "generate_conditions.py's folder", context_words),
+    ("Table 2: the last checkpoints on the benchmarks", "evaluate.py's folder", tables,
+     "evaluation"),
+    ("Figures 1, 3, 4, 5, 16, 17, 18: training and evaluation over the steps",
+     "metrics.jsonl, eval/step_N.json", all_runs),
+    ("Figures 3, 4, 14: what the teacher is shown", "runs that differ in --demonstration alone",
+     compared, "demonstration"),
+    ("Figure 6: a teacher that follows", "runs that differ in --ema alone", compared, "ema"),
+    ("Figure 20a: top-k of the loss", "runs that differ in --top_k alone", compared, "top_k"),
+    ("Figure 20b: the learning rate", "runs that differ in --lr alone", compared, "lr"),
+    ("Figure 15: OPSD", 'runs with context "gold" in config.json', all_runs, ("context", "gold")),
+    ("Figure 7: |D| questions to train on, over the steps",
+     "runs that differ in --num_questions alone", compared, "num_questions"),
+    ("Figure 8: |D| questions to train on, at the end",
+     "runs that differ in --num_questions alone", over_data, "num_questions",
+     lambda config: config.get("num_questions"), "|D|, questions to train on"),
+    ("Section 6.2: K task families to train on, at the end",
+     "runs that differ in --data families_K.jsonl alone", over_data, "data", families,
+     "K, task families to train on"),
+    ("Figures 4, 6, 19: acc@n (score) and pass@n of the checkpoints",
+     "evaluate.py's folder with several steps of a run", checkpoints),
+    ("Figure 10: the words of several models", "answers of two models before training",
+     model_words),
+    ("Figures 3d, 4d, 11, 16d: the words against the base", "eval/step_N.jsonl or evaluate.py's "
+     "folder, with the base in it", changed_words),
+    ("Figure 12: every word against the base", "the same", all_words),
+    ("Figure 13, Tables 4 and 5: a judge's count", "*.judged.jsonl (epistemic.py --judge)", judged),
+    ("Table 6: student against teacher, token by token", "token_kl.json (sdpo.py)", token_kl),
+    ("Why answers are wrong", "errors.json", errors),
+    ("Read the traces", "answers of two models to the same questions", traces),
+)
+
+# --- page ----------------------------------------------------------------------------------------
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 1500px; margin: auto; padding: 0 1em }
+section { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)) }
+section > * { grid-column: 1 / -1; min-width: 0; margin: .4em 0 } section > img { grid-column: auto; width: 100% }
+.wide { overflow-x: auto } td, th { padding: .1em .8em; text-align: right; white-space: nowrap }
+th:first-child { text-align: left } table { border-collapse: collapse } tr { border-bottom: 1px solid #ddd }
+details[open] { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); gap: 0 1em }
+summary { grid-column: 1 / -1 } pre { white-space: pre-wrap; overflow-wrap: anywhere }
+mark { background: #ffd54d } @media print { section > img, details { break-inside: avoid } }
+"""
+
+def over_steps(found):
+    """Figure 3 in numbers: GRPO beside SDPO at every step that was evaluated."""
+    rows = defaultdict(lambda: defaultdict(dict))
+    for f in (f for f in found if f.name.split("/")[-1] in ("grpo", "sdpo")):
+        tested = {p.step: p.benchmark for p in f.points if p.path}
+        for p in f.points:
+            for q, y in p.values.items() if p.step in tested else ():
+                if p.benchmark == "training" or (p.benchmark, q) == (tested[p.step], "score"):
+                    name = f"{f.name} {q}" if p.benchmark == "training" else f"{p.benchmark} {q}"
+                    rows[p.step][f.seed][f"{f.name} {name}"] = y, None
+    return grid("step", {str(step): rows[step] for step in sorted(rows)})
+
+def overview(path):
+    """The first six curves in one picture."""
+    figure, axes = pyplot.subplots(2, 3, figsize=(14.4, 6.4), layout="constrained")
+    for axis, png in zip(axes.flat, pictures.values()):
+        axis.imshow(pyplot.imread(io.BytesIO(png)))
+    for axis in axes.flat:
+        axis.axis("off")
+    figure.savefig(path, dpi=120)
 
 def main():
-    parser = argparse.ArgumentParser(description="Tables and figures of finished runs.")
+    parser = argparse.ArgumentParser(description="Every table and figure of finished runs.")
     parser.error = fail
-    parser.add_argument("folders", nargs="+", help="runs/demo, or one folder a seed")
-    folders = [Path(folder) for folder in parser.parse_args().folders]
-    conditions, sft, runs_by_seed = zip(*map(read_folder, folders))
-    if not runs_by_seed[0]:
-        fail(f"{folders[0]}: no training run (a folder with metrics.jsonl) in it")
-    names = list(runs_by_seed[0])
-    if any(list(runs) != names for runs in runs_by_seed):
-        fail("the folders hold different runs: " + "; ".join(
-            f"{folder}: {' '.join(runs)}" for folder, runs in zip(folders, runs_by_seed)))
-    seeds = f"{len(folders)} seeds, mean ± standard deviation" if len(folders) > 1 else "one seed"
-    print(f"{seeds}\n")
-    if all(conditions):
-        print(table("Table 1", {name: [c[name] for c in conditions] for name in conditions[0]},
-                    QUANTITIES), end="\n\n")
-    if all(sft):
-        print(table("Table 2", {name: by_benchmark([s[name] for s in sft]) for name in sft[0]},
-                    columns_of(sft[0]["base"])), end="\n\n")
-    first = runs_by_seed[0][names[0]][1]
-    print(table("after training", ends(runs_by_seed),
-                [("training", ".3f"), *columns_of(first[0])]), end="\n\n")
-    benchmark = list(first[0])[-1]
-    pair = [name for name in ("grpo", "sdpo") if name in names]
-    if pair:
-        print(over_steps(runs_by_seed, pair, benchmark), end="\n\n")
-    picture = (folders[0] if len(folders) == 1 else folders[0].parent) / "report.png"
-    plot(conditions, sft, runs_by_seed, benchmark, picture)
-    print(f"drawn in {picture}")
+    parser.add_argument("folders", nargs="+", type=Path, help="runs, or folders that hold them")
+    parser.add_argument("--out", type=Path, help="where report.html, report.png and figures/ go")
+    args = parser.parse_args()
+    found = find(args.folders)
+    if not any(f.points for f in found):
+        fail(f"{args.folders[0]}: no metrics.jsonl and no summary.json below it")
+    n = len({f.seed for f in found})
+    print(f"{n} seeds, mean ± standard error over them\n" if n > 1 else "one seed\n")
+    body, absent = "", []
+    for title, files, draw, *more in SECTIONS:
+        pieces = list(draw(found, *more))
+        body += f"<section><h2>{title}</h2><p>From {html.escape(files)}.</p>{''.join(pieces)}</section>" if pieces else ""
+        absent += [] if pieces else [f"{title}: left out, there is no {files}"]
+    out = args.out or (args.folders[0] if len(args.folders) == 1 else args.folders[0].parent)
+    (out / "figures").mkdir(parents=True, exist_ok=True)
+    for kind, title in (("contexts", "Table 1"), ("evaluation", "Table 2"), ("run", "after training")):
+        for where, rows in results(found, kind).items():
+            print(as_text(grid(title, rows)))
+    print(as_text(over_steps(found)))
+    for name, png in pictures.items():
+        (out / f"figures/{name}.png").write_bytes(png)
+    overview(out / "report.png")
+    notes = absent + [f"{path}: {why}" for path, why in unread.items()]
+    (out / "report.html").write_text(
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content='
+        f'"width=device-width, initial-scale=1"><title>Self-distillation</title><style>{STYLE}</style><h1>Self-distillation</h1>{body}'
+        + "".join(f"<p>{html.escape(note)}" for note in notes), errors="replace")
+    print(f"{len(pictures)} figures in {out}/report.html; an overview in {out}/report.png")
 
 if __name__ == "__main__":
     main()
