@@ -6,7 +6,7 @@
 
 Prints the main tables. Writes into --out (else the given folder, or the one above several)
 report.html, which holds everything and needs no network, report.png, an overview, and figures/.
-SECTIONS, at the end, lists every figure and table with the files that it reads.
+SECTIONS, at the end, lists every figure and table with the files that it is drawn from.
 """
 import argparse
 import base64
@@ -38,27 +38,24 @@ def fail(message):
     sys.exit(2)
 
 def read_lines(path):
-    """The objects of a JSON Lines file, one at a time; none if there is no such file.
-
-    Another line is left out and named: the last one is half written while a run goes on.
-    """
-    with open(path, "rb") if path and path.is_file() else io.BytesIO() as file:
-        for number, line in enumerate(file, 1):
-            try:  # surrogatepass: half an emoji is what a token limit leaves
-                yield dict(json.loads(line.decode("utf-8", "surrogatepass"), strict=False))
-            except (ValueError, TypeError, RecursionError):
-                unread[path] = f"line {number} is no JSON object"
+    """The objects of a JSON Lines file, none if there is no such file. Another line is left out and
+    named: the last one is half written while a run goes on."""
+    text = path.read_bytes() if path and path.is_file() else b""
+    for number, line in enumerate(text.splitlines(), 1):
+        try:  # surrogatepass: half an emoji is what a token limit leaves
+            yield dict(json.loads(line.decode("utf-8", "surrogatepass"), strict=False))
+        except (ValueError, TypeError, RecursionError):
+            unread[path] = f"line {number} is no JSON object"
 
 class Point(SimpleNamespace):
     """One benchmark's {quantity: mean}, `values`, of an `arm` at a `step`; `path`: of its answers.
 
-    kind and where: "run" and its model, or "evaluation" or "contexts" and the folder. A run's
-    training is one of its benchmarks. What others began with is the arm "base".
+    kind and where: "run" and its model, or "evaluation" or "contexts" and its folder. A run's
+    training is one of its benchmarks. What the others began with is the arm "base".
     """
-
     def answers(self):
         for r in read_lines(self.path):  # a run keeps all its benchmarks' in one file
-            if self.kind != "run" or r["benchmark"] == self.benchmark:
+            if "response" in r and (self.kind != "run" or r["benchmark"] == self.benchmark):
                 yield r
 
     @functools.cached_property
@@ -74,71 +71,61 @@ class Point(SimpleNamespace):
         return [{w: c / n for w, c in uses.items()} for uses in (markers, words)] + [questions]
 
 class Folder:
-    """A folder with results, in points. Those of one name are the seeds of one arm."""
-
+    """A folder with results, as points. Those of one name are the seeds of one arm."""
     def __init__(self, name, seed, path):
-        self.name, self.seed, self.path = name, seed, path
+        self.name, self.seed, self.path, self.points = name, seed, path, []
         self.config, self.summary, self.errors, self.token_kl = (
             next(read_lines(path / f"{file}.json"), {})
             for file in ("config", "summary", "errors", "token_kl"))
         self.model = "/".join(PurePath(str(self.config.get("model"))).parts[-2:]) + (
             "" if self.config.get("enable_thinking", True) else ", thinking off")
-        self.points = [*self.run(), *self.evaluation(), *self.contexts()]
-
-    def point(self, kind, arm, step, benchmark, row, path):
-        values = {q: y for q, y in row.items() if q in FORMS or q.startswith("pass@")}
-        return Point(kind=kind, where=self.model if kind == "run" else self.name, arm=arm, step=step,
-                     seed=self.seed, benchmark=benchmark, values=values, path=path)
-
-    def run(self):
-        """Training's are means of the last five steps; its step 0 is the first one's rollouts."""
-        rows = [m for m in read_lines(self.path / "metrics.jsonl") if "score" in m]  # SFT has none
-        for i in range(len(rows) + 1 if rows else 0):
+        rows = [m for m in read_lines(path / "metrics.jsonl") if "score" in m]  # SFT has none
+        for i in range(len(rows) + 1 if rows else 0):  # five steps together: one's few are noisy
             mean = {q: fmean(m[q] for m in rows[max(i - 5, 0):i] or rows[:1]) for q in FORMS}
-            yield self.point("run", self.name if i else "base", i, "training", mean, None)
-        for path in self.path.glob("eval/step_*.json"):
-            for b, row in next(read_lines(path), {}).items():
-                step = int(path.stem[5:])
-                yield self.point("run", self.name if step else "base", step, b, row,
-                                 path.with_suffix(".jsonl"))
-
-    def evaluation(self):
+            self.add("run", name if i else "base", i, "training", mean, None)
+        for file in path.glob("eval/step_*.json"):
+            for b, row in next(read_lines(file), {}).items():
+                step = int(file.stem[5:])
+                self.add("run", name if step else "base", step, b, row, file.with_suffix(".jsonl"))
         models = self.summary.get("models", {})
-        starts = [name for name in models if not re.search(r"/step_\d+$", name)]
-        for name, row in models.items():
-            arm, _, step = (name, "", 0) if name in starts else name.rpartition("/step_")
-            arm = "base" if [name] == starts else re.sub("^(d_[us]g)$", r"SFT on \1", arm)
-            for b, r in row.items():
-                n = str(r.get("samples", 1))
-                best = {f"pass@{n}": r["pass_at"][n]} if n != "1" else {}
-                yield self.point("evaluation", arm, int(step), b, r | best,
-                                 self.path / name / f"{b}.jsonl")
+        alone = sum("/step_" not in model for model in models) == 1
+        for model, benchmarks in models.items():
+            arm, _, step = model.rpartition("/step_")
+            arm = f"SFT on {arm}" if arm in ("d_ug", "d_sg") else arm
+            for b, row in benchmarks.items():
+                self.add("evaluation", arm or ("base" if alone else model), int(step) if arm else 0,
+                         b, row, path / model / f"{b}.jsonl")
+        for context, row in self.summary.get("contexts", {}).items():
+            self.add("contexts", context, 0, "", row, path / f"{context}.jsonl")
 
-    def contexts(self):
-        for name, row in self.summary.get("contexts", {}).items():
-            yield self.point("contexts", name, 0, "", row, self.path / f"{name}.jsonl")
+    def add(self, kind, arm, step, benchmark, row, path):
+        n = max(row.get("pass_at", "1"), key=int)
+        best = {f"pass@{n}": row["pass_at"][n]} if n != "1" else {}
+        self.points.append(Point(
+            kind=kind, where=self.model if kind == "run" else self.name, arm=arm, seed=self.seed,
+            step=step, benchmark=benchmark, values={q: row[q] for q in FORMS} | best, path=path))
 
 def find(roots):
     """The folders with results below the roots; a folder seed_N is no part of a name."""
-    found, top = [], os.path.commonpath([root.absolute() for root in roots])
-    for here, below, files in (step for root in roots
-                               for step in os.walk(root.absolute(), followlinks=True)):
+    found, top = {}, os.path.commonpath([root.absolute() for root in roots])
+    for here, below, files in (i for r in roots for i in os.walk(r.absolute(), followlinks=True)):
         path, real = Path(here), Path(here).resolve()
-        below[:] = sorted(d for d in below if d not in ("checkpoints", "rollouts", "rounds")
-                          and (real / d).resolve() not in (real, *real.parents))
+        below[:] = [d for d in below if d not in ("checkpoints", "rollouts", "rounds")
+                    and (real / d).resolve() not in (real, *real.parents)]  # a link to itself
         if {"summary.json", "metrics.jsonl"} & set(files):
-            seeds = [p for p in path.parts if re.fullmatch(r"seed_\d+", p)]
-            named = [p for p in path.parts if p not in seeds]
-            inner = [p for p in path.relative_to(top).parts if p not in seeds]
-            found.append(Folder("/".join(inner or named[-1:]), int((seeds or ["seed_0"])[-1][5:]), path))
-    return sorted(found, key=lambda f: (f.name, f.seed))
+            seeds = [p for p in path.parts if re.fullmatch(r"seed_\d+", p)] or ["seed_0"]
+            own = [p for p in path.parts if p not in seeds][-1]
+            inner = "/".join(p for p in path.relative_to(top).parts if p not in seeds)
+            found[inner or own, int(seeds[-1][5:]), path] = None
+    return [Folder(*key) for key in sorted(found)]
 
 def last(found, *kinds):
-    """{(where, benchmark): {arm: {seed: its last Point}}}, the base first."""
+    """{(where, benchmark): {arm: {seed: its last Point}}}, training and the base first."""
     tree = defaultdict(lambda: defaultdict(dict))
     for p in sorted((p for f in found for p in f.points if p.kind in kinds),
-                    key=lambda p: (p.benchmark != "training", p.arm != "base", p.step)):
-        tree[p.where, p.benchmark][p.arm][p.seed] = p
+                    key=lambda p: (p.benchmark != "training", p.arm != "base")):
+        seeds = tree[p.where, p.benchmark][p.arm]
+        seeds[p.seed] = max(seeds.get(p.seed, p), p, key=lambda p: p.step)
     return tree
 
 # --- tables --------------------------------------------------------------------------------------
@@ -150,16 +137,15 @@ def cell(values, form):
     """Mean ± standard error of [(value, its error)]: over the seeds if there are several."""
     means = [v for v, _ in values]
     error = standard_error(means) if len(means) > 1 else values[0][1] if values else None
-    return (f"{fmean(means):{form}}" if means else "") + ("" if error is None else
-                                                         f" ± {error:{form}}")
+    return (f"{fmean(means):{form}}" if means else "") + (f" ± {error:{form}}" if error is not None
+                                                          else "")
 
 def grid(title, rows):
     """Lines of cells, the header first, from {name: {seed: {column: (value, error)}}}."""
     columns = dict.fromkeys(c for seeds in rows.values() for row in seeds.values() for c in row)
-    return [[title, *columns]] + [
-        [name] + [cell([row[c] for row in seeds.values() if c in row],
-                       FORMS.get(c.split()[-1], ".3f")) for c in columns]
-        for name, seeds in rows.items()]
+    return [[title, *columns]] + [[name] + [
+        cell([row[c] for row in seeds.values() if c in row], FORMS.get(c.split()[-1], ".3f"))
+        for c in columns] for name, seeds in rows.items()]
 
 def as_text(lines):
     widths = [max(map(len, column)) + 2 for column in zip(*lines)]
@@ -172,14 +158,14 @@ def as_html(lines):
         f'<tr><th>{"<td>".join(line)}</tr>' for line in body) + "</table></div>"
 
 def results(found, kind):
-    """{where: {arm: {seed: {"benchmark quantity": (value, its error over questions)}}}} at the end."""
-    tables = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
+    """{where: {arm: {seed: {"benchmark quantity": (value, error over questions)}}}} at the end."""
+    tree = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
     for (where, b), arms in last(found, kind).items():
         for p in (p for seeds in arms.values() for p in seeds.values()):
             for q, y in p.values.items():  # the answers to one question are no independent draws
-                means = [fmean(r[q] for r in rs) for rs in p.digest[2].values()] if q in FORMS else []
-                tables[where][p.arm][p.seed][f"{b} {q}".strip()] = y, standard_error(means)
-    return tables
+                of = [fmean(r[q] for r in rs) for rs in p.digest[2].values() if q in FORMS]
+                tree[where][p.arm][p.seed][f"{b} {q}".strip()] = y, standard_error(of)
+    return tree
 
 def tables(found, kind):
     return [as_html(grid(where, rows)) for where, rows in results(found, kind).items()]
@@ -187,7 +173,8 @@ def tables(found, kind):
 # --- drawing -------------------------------------------------------------------------------------
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8C6D00", "#7A5195", "#333333")
-UNITS = dict(score="score (share right)", length="length (tokens)", epistemic="epistemic words")
+UNITS = dict(score="score (share right)", length="length (tokens)",
+             epistemic="epistemic words an answer")
 pyplot.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
                         "axes.grid": True, "grid.alpha": 0.25, "axes.titlesize": 10})
 pictures = {}  # {name: PNG} of what was drawn
@@ -201,21 +188,22 @@ def panel(title, draw, data, **labels):
     pyplot.close(figure)
     name = f"{len(pictures) + 1:03d}_" + re.sub(r"\W+", "_", title.lower()).strip("_")
     pictures[name] = file.getvalue()
-    data = base64.b64encode(file.getvalue()).decode()
-    return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
+    return (f'<img alt="{html.escape(title)}" src="data:image/png;base64,'
+            f'{base64.b64encode(file.getvalue()).decode()}">')
 
 def lines(axis, series):
     """series: {name: one {x: y} a seed}. Their mean, and a band from the lowest to the highest."""
     ends, low = [], -0.15
-    for i, (name, seeds) in enumerate(series.items()):
+    for color, (name, seeds) in zip(COLORS * 9, series.items()):
         at = {x: [s[x] for s in seeds if x in s] for x in sorted(set().union(*seeds))}
-        x, mean, color = list(at), [fmean(ys) for ys in at.values()], COLORS[i % 8]
-        axis.plot(x, mean, color=color, lw=1.6, marker="o" if len(x) < 12 else "", ms=3)
-        axis.fill_between(x, [*map(min, at.values())], [*map(max, at.values())], color=color,
+        mean = [fmean(ys) for ys in at.values()]
+        axis.plot([*at], mean, color=color, lw=1.6, marker="o" if len(at) < 12 else "", ms=3)
+        axis.fill_between([*at], [*map(min, at.values())], [*map(max, at.values())], color=color,
                           alpha=0.15, lw=0)
         ends.append((mean[-1], name, color))
     axis.set_ylim(0, None)
-    for y, name, color in sorted(ends):  # moved apart where they would cover each other
+    axis.locator_params(axis="x", integer=True)
+    for y, name, color in sorted(ends):  # names moved apart where they would cover each other
         low = max(low + 0.065, y / axis.get_ylim()[1])
         axis.text(1.02, low, name, color=color, transform=axis.transAxes, va="center", size=8)
 
@@ -227,27 +215,27 @@ def over_sizes(axis, series):
 
 def bars(axis, series):
     """series: {arm: one {marker: value} a seed}: for a word a bar an arm, and a dot a seed."""
-    every = [s for seeds in series.values() for s in seeds]
-    words = sorted((w for w in epistemic.MARKERS if any(s.get(w) for s in every)),
-                   key=lambda w: -max(abs(s.get(w, 0)) for s in every))
-    for i, (name, seeds) in enumerate(series.items()):
+    most = {w: max(abs(s.get(w, 0)) for seeds in series.values() for s in seeds)
+            for w in epistemic.MARKERS}
+    words, n = sorted((w for w in most if most[w]), key=lambda w: -most[w]), len(series)
+    for i, (color, (name, seeds)) in enumerate(zip(COLORS * 9, series.items())):
         for j, word in enumerate(words):
-            y, values = j + 0.8 * i / len(series), [s.get(word, 0) for s in seeds]
-            axis.barh(y, fmean(values), 0.8 / len(series), color=COLORS[i % 8])
-            axis.plot(values, [y] * len(values), "k.", ms=3 if len(values) > 1 else 0)
-            if j == 0:
-                axis.annotate(name, (max(0, *values, 0), y), (4, 0), textcoords="offset points",
-                              va="center", size=8, color=COLORS[i % 8])
-    axis.set_yticks([j + 0.4 - 0.4 / len(series) for j in range(len(words))], words)
+            values = [s.get(word, 0) for s in seeds]
+            axis.barh(j + 0.8 * i / n, fmean(values), 0.8 / n, color=color)
+            axis.plot(values, [j + 0.8 * i / n] * len(values), "k.", ms=3 * (len(values) > 1))
+            if not j:
+                axis.annotate(name, (max(0, *values, 0), 0.8 * i / n), (4, 0), size=8, color=color,
+                              textcoords="offset points", va="center")
+    axis.set_yticks([j + 0.4 - 0.4 / n for j in range(len(words))], words)
     axis.invert_yaxis()
-    never = ", ".join(w for w in epistemic.MARKERS if w not in words)
-    axis.set_xlabel(axis.get_xlabel() + (f"\nnever said: {never}" if never else ""))
-    axis.figure.set_figheight(1.2 + 0.15 * len(words) * (len(series) + 1))
+    axis.set_xlabel(axis.get_xlabel() + "".join(
+        f"\nnever said: {', '.join(w for w in most if not most[w])}" for _ in [0] if not all(most.values())))
+    axis.figure.set_figheight(1.2 + 0.15 * len(words) * (n + 1))
 
 def shifts(axis, arms):
-    """arms: {name: ({marker: shift}, {other word: shift}, ratio)}: a dot a word."""
-    for i, (name, (ours, others, ratio)) in enumerate(arms.items()):
-        for words, y, color in ((ours, i, COLORS[i % 8]), (others, i + 0.35, "0.45")):
+    """arms: {name: ({marker: shift}, {other word: shift}, ratio)}: a dot a word, the largest named."""
+    for i, (color, (name, (ours, others, ratio))) in enumerate(zip(COLORS * 9, arms.items())):
+        for words, y, color in ((ours, i, color), (others, i + 0.35, "0.45")):
             axis.plot([*words.values()], [y] * len(words), "o", ms=4, color=color, alpha=0.6)
             for w in sorted(words, key=lambda w: abs(words[w]))[-1:]:
                 axis.annotate(f"{w} {words[w]:+.1f}", (words[w], y), (0, 5), size=7, ha="center",
@@ -255,6 +243,7 @@ def shifts(axis, arms):
         axis.text(1.02, i + 0.17, f"{ratio:.1f} x", transform=axis.get_yaxis_transform())
     axis.set_yticks([i + 0.17 for i in range(len(arms))], arms)
     axis.set_ylim(len(arms) - 0.3, -0.5)
+    axis.margins(x=0.15)
     axis.figure.set_figheight(1.2 + 0.6 * len(arms))
 
 # --- figures and tables: each gives pieces of HTML, none if there is nothing to draw --------------
@@ -273,34 +262,38 @@ def curves(found, where, labels, title):
         for q, y in p.values.items():
             tree[p.benchmark, q][p.arm][p.seed][p.step] = y
     for (b, q), arms in tree.items():
-        series = {label: [arms["base"][seed] | steps for seed, steps in arms[a].items()]
+        base = arms["base"] if b != "training" else {}  # another |D|'s first step is another's
+        series = {label: [base.get(seed, {}) | steps for seed, steps in arms[a].items()]
                   for a, label in labels.items() if a in arms}
         if series:
             yield panel(f"{title}: {b} {q}", lines, series, xlabel="step", ylabel=UNITS.get(q, q))
 
 def alike(arms, key):
-    """The groups of {arm: config} that differ in this flag alone, but for the rest of a run."""
-    groups = defaultdict(dict)
+    """The groups of {arm: config} that differ in this flag alone, of those that matter."""
+    groups, no_matter = defaultdict(dict), re.compile(
+        f"{key}|run_dir|seed|commit|versions|world_size|resume|steps|.*_every|eval_.*|tokens_per_.*|"
+        "recompute_.*|offload_.*|gpu_memory_.*")
     for arm, c in arms.items():
-        rest = re.compile(f"{key}|run_dir|seed|commit|versions|world_size|resume|steps|.*_every|"
-                          "eval_.*|tokens_per_.*|recompute_.*|offload_.*|gpu_memory_.*")
-        groups[json.dumps({k: c[k] for k in sorted(c) if not rest.fullmatch(k)})][arm] = c
-    for group in groups.values():
-        if len({str(c.get(key)) for c in group.values()}) > 1:
-            yield dict(sorted(group.items(), key=lambda i: (str(type(i[1].get(key))), i[1].get(key))))
+        groups[str({k: c[k] for k in sorted(c) if not no_matter.fullmatch(k)})][arm] = c
+    return [dict(sorted(g.items(), key=lambda i: (isinstance(i[1].get(key), str), i[1].get(key) or 0)))
+            for g in groups.values() if len({str(c.get(key)) for c in g.values()}) > 1]
 
 def compared(found, key):
-    """Curves of the runs that differ in one flag."""
     return [image for model, arms in configs(found).items() for group in alike(arms, key) for image
             in curves(found, model, {a: f"{c.get(key)} ({a})" for a, c in group.items()}, key)]
 
 def all_runs(found, *flags):
     """Eight arms a picture at most; of those that differ in |D| alone the one with the most."""
     for model, arms in configs(found).items():
-        few = {a for group in alike(arms, "num_questions") for a in list(group)[:-1]}
+        few = {a for group in alike(arms, "num_questions") for a in [*group][:-1]}
         shown = [a for a, c in arms.items() if a not in few and all(c.get(k) == v for k, v in flags)]
         for i in range(0, len(shown), 8):
             yield from curves(found, model, {a: a for a in shown[i:i + 8]}, model)
+
+def checkpoints(found):
+    for name in dict.fromkeys(f.name for f in found if "models" in f.summary):
+        steps = Counter(p.arm for f in found for p in f.points if p.where == name and p.benchmark)
+        yield from curves(found, name, {a: a for a in steps if steps[a] > 1}, name)
 
 def over_data(found, key, size, xlabel):
     """Where the runs ended that differ in their data alone, over its size."""
@@ -312,42 +305,41 @@ def over_data(found, key, size, xlabel):
                     for column, (y, _) in row.items():
                         series[column][min(group, key=len), seed][size(c)] = y
         for column, of in series.items():
-            names = dict.fromkeys(name for name, _ in of)
             yield panel(f"{model}: {column} at the end", over_sizes, {
-                name: [s for (n, _), s in of.items() if n == name] for name in names},
+                name: [s for (n, _), s in of.items() if n == name] for name, _ in of},
                 xlabel=xlabel, ylabel=UNITS.get(column.split()[-1], column))
 
 def families(config):
     match = re.search(r"families_(\d+)\.jsonl$", str(config.get("data")))
     return match and int(match[1])
 
+def base_words(found):
+    models = defaultdict(dict)
+    for (where, b), arms in last(found, "run", "evaluation").items():
+        for arm, seeds in arms.items():
+            if rows := [p.digest[0] for p in seeds.values() if not p.step and p.digest[0]]:
+                models[b][where if arm == "base" else arm] = rows
+    return [panel(f"{b}, before training", bars, rows, xlabel="uses an answer")
+            for b, rows in models.items() if len(rows) > 1]
+
 def context_words(found):
     for (where, _), arms in last(found, "contexts").items():
         yield panel(where, bars, {a: [p.digest[0] for p in seeds.values()]
                                   for a, seeds in arms.items()}, xlabel="uses an answer")
 
-def model_words(found):
-    models = defaultdict(dict)
+def against_base(found, draw, measure, xlabel):
+    """A panel a benchmark of measure([(base's digest, arm's digest) of each seed]) of each arm."""
     for (where, b), arms in last(found, "run", "evaluation").items():
-        if rows := [p.digest[0] for p in arms["base"].values() if p.digest[0]]:
-            models[b][where] = rows
-    return [panel(f"{b}, before training", bars, rows, xlabel="uses an answer")
-            for b, rows in models.items() if len(rows) > 1]
+        base, data = arms.pop("base", {}), {}
+        for arm, seeds in arms.items():
+            pairs = [(base[s].digest, p.digest) for s, p in seeds.items() if s in base]
+            if pairs := [pair for pair in pairs if pair[0][0] and pair[1][0]]:
+                data[arm] = measure(pairs)
+        if data:
+            yield panel(f"{where}: {b}", draw, data, xlabel=xlabel)
 
-def against_base(found):
-    """(title, {arm: [(digest of the base, digest of the arm) of each seed]})"""
-    for (where, b), arms in last(found, "run", "evaluation").items():
-        base = arms.pop("base", {})
-        pairs = {a: [(base[s].digest, p.digest) for s, p in seeds.items()
-                     if s in base and base[s].digest[0] and p.digest[0]] for a, seeds in arms.items()}
-        if any(pairs.values()):
-            yield f"{where}: {b}, change", {a: rows for a, rows in pairs.items() if rows}
-
-def changed_words(found):
-    for title, arms in against_base(found):
-        yield panel(title, bars, {a: [{w: new[0][w] - base[0][w] for w in base[0]}
-                                      for base, new in pairs] for a, pairs in arms.items()},
-                    xlabel="change, uses an answer")
+def marker_shifts(pairs):
+    return [{w: new[0][w] - base[0][w] for w in base[0]} for base, new in pairs]
 
 def word_shifts(pairs):
     """App. B.4: ({marker: shift}, {other word of the base's vocabulary: shift}, ratio of means)."""
@@ -357,47 +349,34 @@ def word_shifts(pairs):
     a, b = (fmean(map(abs, words.values())) if words else 0 for words in (ours, shift))
     return ours, shift, a / b if b else float("nan")
 
-def all_words(found):
-    for title, arms in against_base(found):
-        yield panel(title, shifts, {a: word_shifts(pairs) for a, pairs in arms.items()},
-                    xlabel="change, uses an answer; right: ratio of mean sizes")
-
 def judged(found):
     rows, counts = [], {}
     for f, path in ((f, path) for f in found for path in sorted(f.path.rglob("*.judged.jsonl"))):
         answers = [r for r in read_lines(path) if isinstance(r.get("count"), int)]
-        if answers:
+        if n := [r["count"] for r in answers]:
             name = f"{f.name} {path.relative_to(f.path)}".removesuffix(".judged.jsonl")
-            n = counts[name] = [r["count"] for r in answers]
+            counts[f"{name} ({f.seed})"] = n
             said = Counter(str(e) for r in answers for e in r.get("expressions") or ())
-            rows.append([name, len(n), cell([(fmean(n), standard_error(n))], ".2f"),
+            rows.append([name, f.seed, len(n), cell([(fmean(n), standard_error(n))], ".2f"),
                          "; ".join(e for e, _ in said.most_common(5))])
     if rows:
-        yield as_html([["", "answers", "expressions an answer", "the most frequent"], *rows])
-        yield panel("Expressions of uncertainty, by a judge", lambda axis, data: axis.boxplot(
-            [*data.values()], orientation="horizontal", tick_labels=[*data]), counts,
+        yield as_html([["", "seed", "answers", "expressions an answer", "most frequent"], *rows])
+        yield panel("Uncertainty expressions, by a judge", lambda axis, counts: axis.boxplot(
+            [*counts.values()], orientation="horizontal", tick_labels=[*counts]), counts,
             xlabel="expressions an answer")
 
 FREQUENT = 25  # ours: the paper does not say what is frequent; its rarest variant has 25
 
 def token_kl(found):
     for f in (f for f in found if f.token_kl):
-        tokens = [(t["text"], t["kl"] / t["count"], t["count"]) for t in f.token_kl.values()
-                  if t["count"]]
-        frequent = [kl for _, kl, n in tokens if n >= FREQUENT]
-        mean = fmean(frequent) if frequent else float("nan")
-        rows = [[w, repr(text), f"{kl:.3f}", f"{n:,}", f"{kl / mean:.1f} x"]
-                for w in epistemic.MARKERS for text, kl, n in sorted(tokens, key=lambda t: -t[1])
-                if text in (w, f" {w}", w.title(), f" {w.title()}")]
-        yield as_html([[f"{f.name}, seed {f.seed}", "variant", "mean KL", "count", "ratio"], *rows, [
+        tokens = sorted((t["kl"] / t["count"], t["count"], t["text"]) for t in f.token_kl.values()
+                        if t["count"])[::-1]
+        mean = fmean(frequent) if (frequent := [k for k, n, _ in tokens if n >= FREQUENT]) else 0
+        yield as_html([[f"{f.name}, seed {f.seed}", "variant", "mean KL", "count", "ratio"], *(
+            [w, f"‘{text}’", f"{kl:.3f}", f"{n:,}", f"{kl / mean:.1f} x" if mean else "–"]
+            for w in epistemic.MARKERS for kl, n, text in tokens
+            if text in (w, f" {w}", w.title(), f" {w.title()}")), [
             "all", f"{len(frequent):,} tokens seen {FREQUENT} times", f"{mean:.3f}", "", "1.0 x"]])
-
-def checkpoints(found):
-    for name in dict.fromkeys(f.name for f in found):
-        steps = defaultdict(set)
-        for p in (p for f in found for p in f.points if (p.kind, p.where) == ("evaluation", name)):
-            steps[p.arm].add(p.step)
-        yield from curves(found, name, {a: a for a in steps if len(steps[a]) > 1}, name)
 
 def errors(found):
     for f in (f for f in found if f.errors):
@@ -412,86 +391,83 @@ def highlighted(text):
     if len(text) > LONGEST:
         text = (f"{text[:LONGEST // 2]}\n\n[{len(text) - LONGEST:,} letters are left out here]\n\n"
                 f"{text[-LONGEST // 2:]}")
-    parts = map(html.escape, re.split(f"({'|'.join(epistemic.MARKERS)})", text, flags=re.I | re.A))
-    return "".join(f"<mark>{part}</mark>" if i % 2 else part for i, part in enumerate(parts))
+    parts = re.split(f"({'|'.join(epistemic.MARKERS)})", text, flags=re.I | re.A)
+    return "".join(f"<mark>{html.escape(part)}</mark>" if i % 2 else html.escape(part)
+                   for i, part in enumerate(parts))
 
 def traces(found):
     for (where, b), arms in last(found, "contexts", "run", "evaluation").items():
-        ends = [p for seeds in arms.values() for p in [min(seeds.items())[1]] if p.digest[0]]
-        shown = ends[:MODELS]
-        score = [{i: fmean(r["score"] for r in rs) for i, rs in p.digest[2].items()} for p in shown]
+        ends = [p for seeds in arms.values() for p in [min(seeds.items())[1]] if p.digest[2]]
+        score = [{i: fmean(r["score"] for r in rs) for i, rs in p.digest[2].items()}
+                 for p in ends[:MODELS]]
         both = set(score[0]).intersection(*score) if len(score) > 1 else ()
         apart = {i: max(s[i] for s in score) - min(s[i] for s in score) for i in both}
         chosen = sorted(both, key=lambda i: (-apart[i], i))[:SHOWN]
-        if chosen:
-            yield (f"<h3>{html.escape(f'{where} {b}')}</h3><p>{len(chosen)} of {len(both)} questions, "
-                   f"beginning with those on which {len(shown)} of {len(ends)} models differ (they "
-                   f"do on {sum(map(bool, apart.values()))}). The first answer of each.</p>")
-        texts = {i: {} for i in chosen}
-        for p in shown:
+        first = {i: {} for i in chosen}  # {question: {arm: its first answer}}
+        for p in ends[:MODELS]:
             for r in p.answers():
-                if r["index"] in texts:
-                    texts[r["index"]].setdefault(p.arm, r)
-        for i, answers in texts.items():
-            yield f"<details><summary>{question(found, b, next(iter(answers.values())))}</summary>"
-            yield "".join(
+                if r["index"] in first:
+                    first[r["index"]].setdefault(p.arm, r)
+        if first:
+            yield (f"<h3>{html.escape(f'{where} {b}')}</h3><p>{len(first)} of {len(both)} questions,"
+                   f" those first on which they differ ({sum(map(bool, apart.values()))}); "
+                   f"{len(score)} of {len(ends)} models; the first answer of each.</p>")
+        for i, answers in first.items():
+            r = next(iter(answers.values()))
+            asked = r.get("question", f"Question {i}") + f" Right: {r.get('answer')}"
+            yield f"<details><summary>{html.escape(asked)}</summary>" + "".join(
                 f"<div><b>{html.escape(arm)}: {'right' if r['correct'] else 'wrong'}</b>, "
                 f"{r['tokens']:,} tokens, {epistemic.count(r['response'])} epistemic words"
-                f"<pre>{highlighted(r['response'])}</pre></div>" for arm, r in answers.items())
-            yield "</details>"
+                f"<pre>{highlighted(r['response'])}</pre></div>" for arm, r in answers.items()
+            ) + "</details>"
 
-def question(found, b, r):
-    """HTML of what was asked; of a run's own evaluation only the answer is recorded."""
-    return html.escape(f"{r.get('question', 'Question %s' % r['index'])}") + (
-        f" <b>{html.escape(str(r.get('answer')))}</b>")
-
+EVAL, CONTEXTS = "evaluate.py's folder", "generate_conditions.py's folder"
 SECTIONS = (  # title, the files that it is drawn from, by what
-    ("Where the runs ended", "metrics.jsonl, eval/step_N.json(l)", tables, "run"),
-    ("Tables 1 and 7: one question in five contexts", "generate_conditions.py's folder",
-     tables, "contexts"),
-    ("Figure 9: the words by context", "generate_conditions.py's folder", context_words),
-    ("Table 2: the last checkpoints on the benchmarks", "evaluate.py's folder", tables,
-     "evaluation"),
-    ("Figures 1, 3, 4, 5, 16, 17, 18: training and evaluation over the steps",
-     "metrics.jsonl, eval/step_N.json", all_runs),
+    ("Where the runs ended", "metrics.jsonl and eval/", tables, "run"),
+    ("Tables 1 and 7: one question in five contexts", CONTEXTS, tables, "contexts"),
+    ("Figure 9: the words by context", CONTEXTS, context_words),
+    ("Table 2: the last checkpoints on the benchmarks", EVAL, tables, "evaluation"),
+    ("Figures 1, 3-5, 16-18: training and benchmarks", "metrics.jsonl and eval/", all_runs),
     ("Figures 3, 4, 14: what the teacher is shown", "runs that differ in --demonstration alone",
      compared, "demonstration"),
     ("Figure 6: a teacher that follows", "runs that differ in --ema alone", compared, "ema"),
     ("Figure 20a: top-k of the loss", "runs that differ in --top_k alone", compared, "top_k"),
     ("Figure 20b: the learning rate", "runs that differ in --lr alone", compared, "lr"),
-    ("Figure 15: OPSD", 'runs with context "gold" in config.json', all_runs, ("context", "gold")),
-    ("Figure 7: |D| questions to train on, over the steps",
-     "runs that differ in --num_questions alone", compared, "num_questions"),
-    ("Figure 8: |D| questions to train on, at the end",
-     "runs that differ in --num_questions alone", over_data, "num_questions",
-     lambda config: config.get("num_questions"), "|D|, questions to train on"),
-    ("Section 6.2: K task families to train on, at the end",
-     "runs that differ in --data families_K.jsonl alone", over_data, "data", families,
-     "K, task families to train on"),
-    ("Figures 4, 6, 19: acc@n (score) and pass@n of the checkpoints",
-     "evaluate.py's folder with several steps of a run", checkpoints),
-    ("Figure 10: the words of several models", "answers of two models before training",
-     model_words),
-    ("Figures 3d, 4d, 11, 16d: the words against the base", "eval/step_N.jsonl or evaluate.py's "
-     "folder, with the base in it", changed_words),
-    ("Figure 12: every word against the base", "the same", all_words),
-    ("Figure 13, Tables 4 and 5: a judge's count", "*.judged.jsonl (epistemic.py --judge)", judged),
-    ("Table 6: student against teacher, token by token", "token_kl.json (sdpo.py)", token_kl),
+    ("Figure 15: OPSD", 'runs with "context": "gold"', all_runs, ("context", "gold")),
+    ("Figure 7: |D| over the steps", "runs that differ in --num_questions alone", compared,
+     "num_questions"),
+    ("Figure 8: over |D|", "runs that differ in --num_questions alone", over_data,
+     "num_questions", lambda c: c.get("num_questions"), "|D|, questions to train on"),
+    ("Figure 8 over K task families", "runs that differ in --data families_K.jsonl alone",
+     over_data, "data", families, "K, task families to train on"),
+    ("Figures 4, 6, 19: acc@n (score) and pass@n", f"{EVAL} with several steps", checkpoints),
+    ("Figure 10: the words of several models", "answers of two untrained models", base_words),
+    ("Figures 3d, 4d, 11, 16d: the words against the base", "eval/step_N.jsonl with step 0, or "
+     f"{EVAL}", against_base, bars, marker_shifts, "change, uses an answer"),
+    ("Figure 12: every word against the base", f"eval/step_N.jsonl with step 0, or {EVAL}",
+     against_base, shifts, word_shifts, "change, uses an answer; right: ratio of mean sizes\n"
+     "coloured: the ten markers; grey: each other word of the base"),
+    ("Figure 13, Tables 4 and 5: a judge's count", "*.judged.jsonl", judged),
+    ("Table 6: student against teacher by token", "token_kl.json", token_kl),
     ("Why answers are wrong", "errors.json", errors),
-    ("Read the traces", "answers of two models to the same questions", traces),
-)
+    ("Read the traces", "two models' answers to the same questions", traces))
 
 # --- page ----------------------------------------------------------------------------------------
 
-STYLE = """
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Self-distillation</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1500px; margin: auto; padding: 0 1em }
-section { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)) }
-section > * { grid-column: 1 / -1; min-width: 0; margin: .4em 0 } section > img { grid-column: auto; width: 100% }
-.wide { overflow-x: auto } td, th { padding: .1em .8em; text-align: right; white-space: nowrap }
-th:first-child { text-align: left } table { border-collapse: collapse } tr { border-bottom: 1px solid #ddd }
-details[open] { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); gap: 0 1em }
-summary { grid-column: 1 / -1 } pre { white-space: pre-wrap; overflow-wrap: anywhere }
-mark { background: #ffd54d } @media print { section > img, details { break-inside: avoid } }
+section, details[open] { display: grid; gap: 0 1em;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)) }
+section > *, summary { grid-column: 1 / -1; min-width: 0; margin: .3em 0 }
+section > img { grid-column: auto; width: 100%; max-width: 576px } .wide { overflow-x: auto }
+table { border-collapse: collapse } tr { border-bottom: 1px solid #ddd } mark { background: #ffd54d }
+td, th { padding: .1em .7em; text-align: right; white-space: nowrap }
+th:first-child { text-align: left; position: sticky; left: 0; background: #fff }
+pre { white-space: pre-wrap; overflow-wrap: anywhere } @media print { img { break-inside: avoid } }
+</style><h1>Self-distillation, measured</h1><p>± is a standard error: over the seeds where there are
+several, else over the questions. A band goes from the lowest seed to the highest, a dot is a seed.
+Training is a mean of five steps. Epistemic words: MARKERS.</p>
 """
 
 def over_steps(found):
@@ -502,13 +478,13 @@ def over_steps(found):
         for p in f.points:
             for q, y in p.values.items() if p.step in tested else ():
                 if p.benchmark == "training" or (p.benchmark, q) == (tested[p.step], "score"):
-                    name = f"{f.name} {q}" if p.benchmark == "training" else f"{p.benchmark} {q}"
+                    name = q if p.benchmark == "training" else f"{p.benchmark} {q}"
                     rows[p.step][f.seed][f"{f.name} {name}"] = y, None
-    return grid("step", {str(step): rows[step] for step in sorted(rows)})
+    return {str(step): rows[step] for step in sorted(rows)}
 
 def overview(path):
-    """The first six curves in one picture."""
-    figure, axes = pyplot.subplots(2, 3, figsize=(14.4, 6.4), layout="constrained")
+    """The first pictures as one."""
+    figure, axes = pyplot.subplots(3, 3, figsize=(14.4, 9.6), layout="constrained")
     for axis, png in zip(axes.flat, pictures.values()):
         axis.imshow(pyplot.imread(io.BytesIO(png)))
     for axis in axes.flat:
@@ -521,31 +497,31 @@ def main():
     parser.add_argument("folders", nargs="+", type=Path, help="runs, or folders that hold them")
     parser.add_argument("--out", type=Path, help="where report.html, report.png and figures/ go")
     args = parser.parse_args()
+    out = args.out or (args.folders[0] if len(args.folders) == 1 else args.folders[0].parent)
     found = find(args.folders)
     if not any(f.points for f in found):
-        fail(f"{args.folders[0]}: no metrics.jsonl and no summary.json below it")
-    n = len({f.seed for f in found})
-    print(f"{n} seeds, mean ± standard error over them\n" if n > 1 else "one seed\n")
-    body, absent = "", []
-    for title, files, draw, *more in SECTIONS:
-        pieces = list(draw(found, *more))
-        body += f"<section><h2>{title}</h2><p>From {html.escape(files)}.</p>{''.join(pieces)}</section>" if pieces else ""
-        absent += [] if pieces else [f"{title}: left out, there is no {files}"]
-    out = args.out or (args.folders[0] if len(args.folders) == 1 else args.folders[0].parent)
-    (out / "figures").mkdir(parents=True, exist_ok=True)
-    for kind, title in (("contexts", "Table 1"), ("evaluation", "Table 2"), ("run", "after training")):
-        for where, rows in results(found, kind).items():
+        fail(f"{args.folders[0]}: no metrics.jsonl and no summary.json with results below it")
+    seeds = len({f.seed for f in found})
+    print(f"{seeds} seeds, mean ± standard error\n" if seeds > 1 else "one seed\n")
+    for kind, title in dict(contexts="Table 1", evaluation="Table 2", run="after training").items():
+        for rows in results(found, kind).values():
             print(as_text(grid(title, rows)))
-    print(as_text(over_steps(found)))
+    print(as_text(grid("step", over_steps(found))))
+    page, notes = PAGE.replace("MARKERS", ", ".join(epistemic.MARKERS)), []
+    for title, files, draw, *more in SECTIONS:
+        pieces = "".join(draw(found, *more))
+        if pieces:
+            page += f"<section><h2>{title}</h2><p>From {files}.</p>{pieces}</section>\n"
+        else:
+            notes.append(f"{title}: left out, there is no {files}")
+    notes += [f"{path}: {why}, left out" for path, why in unread.items()]
+    page += "".join(f"<p>{html.escape(note)}</p>\n" for note in notes)
+    (out / "figures").mkdir(parents=True, exist_ok=True)
     for name, png in pictures.items():
         (out / f"figures/{name}.png").write_bytes(png)
+    (out / "report.html").write_text(page, encoding="utf-8", errors="replace")
     overview(out / "report.png")
-    notes = absent + [f"{path}: {why}" for path, why in unread.items()]
-    (out / "report.html").write_text(
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content='
-        f'"width=device-width, initial-scale=1"><title>Self-distillation</title><style>{STYLE}</style><h1>Self-distillation</h1>{body}'
-        + "".join(f"<p>{html.escape(note)}" for note in notes), errors="replace")
-    print(f"{len(pictures)} figures in {out}/report.html; an overview in {out}/report.png")
+    print(f"{len(pictures)} figures in {out}/report.html, an overview in {out}/report.png")
 
 if __name__ == "__main__":
     main()
