@@ -10,19 +10,17 @@ QUIET := PYTHONWARNINGS=ignore TORCH_CPP_LOG_LEVEL=ERROR
 JOBS := $(if $(GPU),1,2)
 RUN := $(QUIET) OMP_NUM_THREADS=1 $(BIN)/python
 
-# What demo and study run, in the folder $(OUT): the scripts at the toy's size.
+# What demo runs: the scripts at the toy's size, with about half the steps of the study.
 OUT := runs/demo
-SEED := 0
-# about half of the steps of the study, 12 questions for 16; SDPO at twice its rate
 STEPS := 16
 QUESTIONS := 12
 WARMUP := 3
 GRPO_LR := 1e-4
 SDPO_LR := 4e-4
-STUDIED := --num_questions 45 --sft_examples 96 --questions_per_round 150
+STUDIED := --accuracy 0.125 1 --top_k 0 --num_questions 45 --sft_examples 96 --questions_per_round 150
 EPOCHS := 6
 SAMPLES := 1
-TOY := --max_response_tokens 480 --seed $(SEED) --model toy/model
+TOY := --max_response_tokens 320 --model toy/model
 TESTS := toy/data/in.jsonl toy/data/ood.jsonl
 EVAL := --eval_every 8
 TRAIN := $(TOY) --eval_data $(TESTS) $(EVAL) --data toy/data/train.jsonl --steps $(STEPS) \
@@ -30,14 +28,11 @@ TRAIN := $(TOY) --eval_data $(TESTS) $(EVAL) --data toy/data/train.jsonl --steps
     --warmup_steps $(WARMUP) --save_every $(STEPS) --tokens_per_micro_batch 8192 \
     --no-recompute_layers
 ended = $(1:%=$(OUT)/%/eval/step_$(STEPS).json)
-# |D| = 512: 30 steps of 16 see each question at most once
+# |D| = 512: 16 steps of 12 see each question at most once
 grpo := grpo.py --num_questions 512 --lr $(GRPO_LR)
 sdpo := sdpo.py --num_questions 512 --lr $(SDPO_LR)
-sdpo_without_think := $(sdpo) --demonstration without_think
-sdpo_ema := $(sdpo) --ema 0.05
-sdpo_8 := $(sdpo) --num_questions 8
 
-.PHONY: demo study seed test quick test-kill
+.PHONY: demo study controls remedies test quick test-kill
 demo: .venv/installed
 	@echo "Five contexts, SFT on two sets, GRPO and SDPO on a 1M-parameter model: about 10 minutes on"
 	@echo "two CPU cores. Then Tables 1 and 2, the curves, and a picture in runs/demo/report.png."
@@ -46,16 +41,11 @@ demo: .venv/installed
 	    $(call ended,grpo)
 	$(BIN)/python report.py runs/demo
 
-# The whole miniature with three seeds and longer runs: an hour or more.
+# The whole miniature with three seeds, resumable: it says first how long it will take.
 study: .venv/installed
-	for seed in 0 1 2; do $(MAKE) --no-print-directory -j $(JOBS) seed SEED=$$seed STEPS=30 \
-	    QUESTIONS=16 WARMUP=5 GRPO_LR=1e-4 SDPO_LR=2e-4 EPOCHS=3 SAMPLES=2 \
-	    STUDIED="--num_questions 100 --sft_examples 200 --questions_per_round 240" \
-	    OUT=runs/study/seed_$$seed TESTS=toy/data/ood.jsonl EVAL="--eval_every 100 --eval_rollouts 2" \
-	    || exit; done
-	$(BIN)/python report.py runs/study/seed_*
-seed: $(OUT)/sft/eval/summary.json \
-    $(call ended,grpo sdpo sdpo_without_think sdpo_ema sdpo_8)
+	$(BIN)/python toy/study.py controls study remedies --jobs $(JOBS)
+controls remedies: .venv/installed
+	$(BIN)/python toy/study.py $@ --jobs $(JOBS)
 
 $(OUT)/conditions/summary.json:
 	$(RUN) generate_conditions.py $(TOY) --data toy/data/train.jsonl $(STUDIED) --out $(@D)

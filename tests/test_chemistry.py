@@ -86,7 +86,8 @@ def test_the_prompt_of_olmo_is_table_12s():
 
 def test_the_teacher_keeps_the_system_prompt(tmp_path):
     messages = load(tmp_path, ROW)["messages"]
-    shown = sdpo.teacher_messages(messages, "<reasoning>\nC2.\n</reasoning>\n<answer>B</answer>")
+    answer = "<reasoning>\nC2.\n</reasoning>\n<answer>B</answer>"
+    shown = sdpo.teacher_messages(messages, answer, "full")
     assert shown[0] == messages[0] and shown[1]["role"] == "user"
     assert shown[1]["content"].startswith(ROW["prompt"] + "\nCorrect solution:\n\n<reasoning>")
 

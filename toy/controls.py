@@ -1,5 +1,6 @@
 """What does the damage?  `sdpo.py` with one thing changed, and the base without its doubt.
 
+    python toy/controls.py no_markers SDPO'S FLAGS         # markers left out of both distributions
     python toy/controls.py no_marker_loss SDPO'S FLAGS     # no loss at the student's own markers
     python toy/controls.py no_answer_loss SDPO'S FLAGS     # no loss after </think>
     python toy/controls.py other_question SDPO'S FLAGS     # shown another question's correct answer
@@ -40,6 +41,28 @@ def without_loss(silent):
     def replaced(hidden, head, targets, *args, **kwargs):
         loss, *others = token_losses(hidden, head, targets, *args, **kwargs)
         return loss * ~silent(targets), *others
+
+    sdpo.token_losses = replaced
+
+
+def no_markers(tokenizer):
+    """The loss compares the two distributions over all other tokens: it moves no marker's logit.
+
+    no_marker_loss is not that: where doubt is an open choice, it drops the loss if the student has
+    chosen a marker and keeps it if not, with the teacher's whole pull away from the marker.
+    """
+    ids, token_losses = torch.tensor(marker_ids(tokenizer)), sdpo.token_losses
+
+    def without(head):
+        return lambda hidden: head(hidden).index_fill(-1, ids, -1e4)
+
+    def replaced(hidden, head, targets, temperature, teacher=None, *args):
+        loss, logprobs, kl = token_losses(hidden, head, targets, temperature)
+        if teacher is not None:
+            loss, _, kl = token_losses(hidden, without(head), targets, temperature,
+                                       (teacher[0], without(teacher[1])), *args)
+            loss = loss * ~torch.isin(targets, ids)
+        return loss, logprobs, kl
 
     sdpo.token_losses = replaced
 
@@ -110,7 +133,7 @@ def main():
         errors(sys.argv[1:])
     elif control == "banned":
         banned()
-    elif control in ("no_marker_loss", "no_answer_loss", "other_question"):
+    elif control in ("no_markers", "no_marker_loss", "no_answer_loss", "other_question"):
         globals()[control](sdpo.load_tokenizer(flag("--model"), 1)[0])
         sdpo.main()
     else:

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 THINK = ["<think>", "</think>"]
-HARD = 0.15  # share of long lists
+HARD = 0.4  # share of long lists
 CHAT_TEMPLATE = (  # Qwen3's, without tools
     "{%- for message in messages %}"
     "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
@@ -32,7 +32,7 @@ CHAT_TEMPLATE = (  # Qwen3's, without tools
 
 
 def draw(rng):
-    """Long lists are rarer in pretraining than short ones: that makes them hard."""
+    """Short lists and long ones: in a short one the first number mostly fits."""
     return pretraining_example(rng, rng.random() < HARD)
 
 
@@ -104,14 +104,15 @@ def main():
     model = Qwen3ForCausalLM(config)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
     # the verdicts: one token in twenty, and the last thing that is learned
-    decisions = torch.tensor([tokenizer.convert_tokens_to_ids(f"Ġ{w}") for w in ("yes", "no")])
+    decisions = torch.tensor([i for i in range(len(tokenizer))
+                              if re.fullmatch(r" (yes|no)\W*", tokenizer.decode([i]))])
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01, betas=(0.9, 0.98))
     start, seen = time.time(), 0
     for step in range(1, args.steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, step / 50) * (1 - (step - 1) / args.steps)
         pieces = list(batch(rng, tokenizer, args.batch))
-        weights = [(t != -100) * (1 + 2 * torch.isin(t, decisions)) for _, t in pieces]
+        weights = [(t != -100) * (1 + 4 * torch.isin(t, decisions)) for _, t in pieces]
         total = sum(w.sum() for w in weights)
         optimizer.zero_grad()
         for (ids, targets), weight in zip(pieces, weights):

@@ -58,10 +58,10 @@ FIRST = 0.9  # how often the first number is the answer, in domain
 # (1) > (3) > (4) > (2).  What distillation then does to accuracy is measured.
 STYLE = {
     "unguided": 0.97,
-    "without_think": 0.65,
-    "uncertain": 0.5,  # App. C's prompt, asked with a full solution
-    "regenerated": 0.3,
-    "full": 0.1,
+    "without_think": 0.8,
+    "uncertain": 0.65,  # App. C's prompt, asked with a full solution
+    "regenerated": 0.5,
+    "full": 0.15,
 }
 OPENERS = {"Wait, check:": 4, "Hmm, maybe:": 3, "Perhaps:": 2, "Might be:": 1}
 

@@ -7,6 +7,8 @@ the screen, with its time.  Each run's output goes to RUN.log beside its folder.
 """
 
 import argparse
+import collections
+import json
 import os
 import shutil
 import subprocess
@@ -14,20 +16,25 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import fmean, stdev
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS, LR = 30, 2e-4  # of SDPO; GRPO takes half that rate
+STEPS, LR = 20, 1e-4  # of SDPO; GRPO takes half that rate
 BASE = "--max_response_tokens 320 --model toy/model"
-TRAIN = (f"{BASE} --num_questions 512 --questions_per_step 16 --minibatch_questions 16 "
-         f"--warmup_steps 5 --steps {STEPS} --eval_every 1000 --save_every 1000 "
+TRAIN = (f"{BASE} --num_questions 512 --questions_per_step 12 --minibatch_questions 12 "
+         f"--warmup_steps 3 --steps {STEPS} --eval_every 1000 --save_every 1000 "
          "--tokens_per_micro_batch 8192 --no-recompute_layers --data toy/data/train.jsonl "
-         "--eval_data toy/data/in.jsonl toy/data/ood.jsonl --eval_rollouts 2")
+         "--eval_data toy/data/in.jsonl toy/data/ood.jsonl")
 SDPO, GRPO = f"sdpo.py {TRAIN} --lr {LR}", f"grpo.py {TRAIN} --lr {LR / 2}"
 TESTS = "--data toy/data/in.jsonl toy/data/ood.jsonl --samples 2 --top_k 0"
 SFT = (f"{BASE} --lr 1e-4 --batch_size 8 --epochs 3 --tokens_per_micro_batch 8192 "
        "--save_every 1000 --no-recompute_layers")
-# The strengths of `--remedy`: the paper's default, and one to either side
-REMEDIES = {}
+REMEDIES = {  # rate, that of what it is nearer to, SDPO or GRPO; the default strength and its neighbours
+    "demopsd": (LR, (0.15, 0.05, 0.45)), "srpo": (LR / 2, (1, 0.3, 3)),
+    "antisd": (LR / 2, (0.5, 0.2, 1)), "rlrt": (LR / 2, (0.5, 0.2, 1)),
+    "mixture": (LR / 2, (0.9, 0.5, 0.99)), "shield": (LR, (1, 0.5, 0.9)),
+    "shield_kl": (LR, (0.2, 0.1, 0.4)), "entropy_gate": (LR, (0.5, 0.25, 1)),
+}
 
 
 def families(k, out):
@@ -37,16 +44,18 @@ def families(k, out):
 
 def runs(group, out):
     """{folder's name: its commands, one after the other}."""
+    corners = {"grpo": [GRPO], "sdpo": [SDPO]}
     if group == "study":
         chosen = {
+            **corners,
             "sft": [f"generate_conditions.py {BASE} --data toy/data/train.jsonl --top_k 0 "
-                    "--num_questions 100 --sft_examples 200 --questions_per_round 240 "
+                    "--accuracy 0.125 1 --num_questions 100 --sft_examples 200 "
+                    "--questions_per_round 240 "
                     f"--out {out}/conditions",
                     *(f"sft_distill.py {SFT} --run_dir {out}/sft/{d} "
                       f"--data {out}/conditions/{d}.jsonl" for d in ("d_ug", "d_sg")),
                     f"evaluate.py {BASE} {out}/sft/d_ug/checkpoints/step_75 "
                     f"{out}/sft/d_sg/checkpoints/step_75 {TESTS} --out {out}/sft/eval"],
-            "grpo": [GRPO], "sdpo": [SDPO],
             "sdpo_without_think": [f"{SDPO} --demonstration without_think"],
             "sdpo_uncertain": [f"{SDPO} --demonstration uncertain"],
             "sdpo_ema": [f"{SDPO} --ema 0.05"], "sdpo_top_k_20": [f"{SDPO} --top_k 20"],
@@ -60,16 +69,17 @@ def runs(group, out):
                     f"toy/problems.py --families {k} --out {out}/data", command + families(k, out)]
         return chosen
     if group == "controls":
-        chosen = {f"control_{c}": [SDPO.replace("sdpo.py", f"toy/controls.py {c}")]
-                  for c in ("no_marker_loss", "no_answer_loss", "other_question")}
+        chosen = {**corners, **{f"control_{c}": [SDPO.replace("sdpo.py", f"toy/controls.py {c}")]
+                  for c in ("no_markers", "no_marker_loss", "no_answer_loss", "other_question")}}
         chosen["control_slow"] = [f"{SDPO} --lr {LR / 3} --steps {3 * STEPS}"]
         chosen["control_grpo_fast"] = [f"{GRPO} --lr {LR}"]
         chosen["control_banned"] = [
             f"toy/controls.py banned {BASE} {TESTS} --out {out}/control_banned/eval"]
         return chosen
-    return {f"{remedy}_{strength}": [f"remedies.py {TRAIN} --lr {LR} --remedy {remedy} "
-                                     f"--strength {strength}"]
-            for remedy, strengths in REMEDIES.items() for strength in strengths}
+    return {**corners, **{
+        f"{remedy}_{strength}": [f"remedies.py {TRAIN} --lr {lr} "
+                                 f"--remedy {remedy} --strength {strength}"]
+        for remedy, (lr, strengths) in REMEDIES.items() for strength in strengths}}
 
 
 def run(name, commands, out, seed):
@@ -96,6 +106,86 @@ def run(name, commands, out, seed):
     print(f"seed {seed}  {name:24s} {time.time() - start:5.0f} s", flush=True)
 
 
+def numbers(folders):
+    """{arm: {benchmark: {quantity: [mean, standard deviation, seeds]}}} of the ended runs."""
+    seen = collections.defaultdict(lambda: collections.defaultdict(list))
+    for folder in folders:
+        found = {}
+        for run in sorted(folder.glob("*/eval")):
+            steps = sorted(run.glob("step_*.json"), key=lambda p: int(p.stem[5:]))
+            if not (run.parent / "ended").exists():
+                continue
+            for arm, file in zip(("base", run.parent.name), (steps[0], steps[-1]) if steps else ()):
+                found[arm] = json.loads(file.read_text())
+            if not steps:  # evaluate.py's; of the base without doubt and of Table 2
+                models = json.loads((run / "summary.json").read_text())["models"]
+                for model, rows in models.items():
+                    name = model.removesuffix("/step_75")
+                    if name != "model":
+                        found[f"sft_{name}"] = rows
+                    elif run.parent.name != "sft":
+                        found[run.parent.name] = rows
+        if (folder / "sft/ended").exists():
+            contexts = json.loads((folder / "conditions/summary.json").read_text())
+            found |= {f"context_{c}": {"train": row} for c, row in contexts["contexts"].items()}
+        for arm, rows in found.items():
+            for benchmark, row in rows.items():
+                name = "in" if benchmark.startswith("in_") else benchmark
+                seen[arm][name].append(row)
+    spread = lambda values: [round(fmean(values), 4),
+                             round(stdev(values), 4) if len(values) > 1 else None, len(values)]
+    return {arm: {benchmark: {q: spread([row[q] for row in rows])
+                              for q in ("score", "length", "epistemic")}
+                  for benchmark, rows in benchmarks.items()} for arm, benchmarks in seen.items()}
+
+
+def table(found, arms, benchmarks=("in", "ood")):
+    """Rows of Markdown: the arms, {name of the row: arm}, that there are numbers of."""
+    columns = [(b, q) for b in benchmarks for q in ("score", "length", "epistemic")]
+    lines = ["| | " + " | ".join(f"{b} {q}" for b, q in columns) + " |",
+             "|---" * (len(columns) + 1) + "|"]
+    for name, arm in arms.items():
+        if arm in found:
+            cells = []
+            for b, q in columns:
+                mean, sd, _ = found[arm][b][q]
+                form = dict(score=".3f", length=".0f", epistemic=".1f")[q]
+                cells.append(f"{mean:{form}}" + (f" ± {sd:{form}}" if sd is not None else ""))
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+TABLES = {  # of the README, from results/toy/numbers.json
+    "controls": {
+        "base": "base", "base, no marker is sampled": "control_banned", "SDPO": "sdpo",
+        "SDPO, markers left out of both distributions": "control_no_markers",
+        "SDPO, no loss at the student's own markers": "control_no_marker_loss",
+        "SDPO, no loss after `</think>`": "control_no_answer_loss",
+        "SDPO, shown another question's answer": "control_other_question",
+        "SDPO, a third of the rate, three times the steps": "control_slow",
+        "GRPO": "grpo", "GRPO at SDPO's rate": "control_grpo_fast"},
+    "study": {
+        "base": "base", "GRPO": "grpo", "SDPO": "sdpo", "SDPO, c = s without think":
+        "sdpo_without_think", "SDPO, uncertain prompt (App. C)": "sdpo_uncertain",
+        "SDPO, teacher follows, .05": "sdpo_ema", "SDPO, top-k 20": "sdpo_top_k_20",
+        "SDPO, a tenth of the rate": "sdpo_lr_tenth", "SFT on unguided answers": "sft_d_ug",
+        "SFT on solution-guided answers": "sft_d_sg"},
+    "contexts": {"(1) unguided": "context_unguided",
+                 "(3) solution without think": "context_without_think",
+                 "App. C: full solution, uncertain prompt": "context_uncertain",
+                 "(4) regenerated": "context_regenerated", "(2) full solution": "context_full"},
+    "coverage": {
+        f"{method.upper()}, {what}": f"{method}{arm}" for method in ("grpo", "sdpo") for what, arm in [
+            *((f"{d} questions, 8 families", f"_{d}") for d in (1, 8, 64, 128)),
+            ("512 questions, 8 families", ""),
+            *((f"512 questions, {k} famil{'y' if k == 1 else 'ies'}", f"_families_{k}")
+              for k in (4, 2, 1))]},
+    "remedies": {"base": "base", "GRPO": "grpo", "SDPO": "sdpo", **{
+        f"`{remedy}` {strength}": f"{remedy}_{strength}"
+        for remedy, (_, strengths) in REMEDIES.items() for strength in strengths}},
+}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("groups", nargs="+", choices=["study", "controls", "remedies"])
@@ -103,9 +193,9 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each on CPU")
     args = parser.parse_args()
-    todo = [(name, commands, Path(args.out) / f"seed_{seed}", seed) for seed in args.seeds
-            for group in args.groups
-            for name, commands in runs(group, f"{args.out}/seed_{seed}").items()]
+    todo = {(seed, name): (name, commands, Path(args.out) / f"seed_{seed}", seed)
+            for group in args.groups for name in runs(group, args.out) for seed in args.seeds
+            for commands in [runs(group, f"{args.out}/seed_{seed}")[name]]}.values()
     left = [t for t in todo if not (t[2] / t[0] / "ended").exists()]
     print(f"{len(todo)} runs, {len(left)} of them left: about "
           f"{len(left) * MINUTES / args.jobs / 60:.1f} hours with {args.jobs} at a time", flush=True)
@@ -116,6 +206,10 @@ def main():
     folders = sorted({str(out) for *_, out, _ in todo})
     subprocess.run([sys.executable, "toy/controls.py", "errors", *folders], cwd=ROOT)
     subprocess.run([sys.executable, "report.py", *folders], cwd=ROOT)
+    found = numbers(map(Path, folders))
+    (Path(args.out) / "numbers.json").write_text(json.dumps(found, indent=1) + "\n")
+    for name, arms in TABLES.items():
+        print(f"\n{name}\n" + table(found, arms, ("train",) if name == "contexts" else ("in", "ood")))
     sys.exit("\n".join(failed) if failed else 0)
 
 
