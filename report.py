@@ -77,7 +77,9 @@ class Folder:
         self.config, self.summary, self.errors, self.token_kl = (
             next(read_lines(path / f"{file}.json"), {})
             for file in ("config", "summary", "errors", "token_kl"))
-        self.model = "/".join(PurePath(str(self.config.get("model"))).parts[-2:]) + (
+        model = self.config.get("model")  # evaluate.py's is a list, checkpoints among them
+        model = min(model, key=lambda m: "/step_" in m) if isinstance(model, list) else model
+        self.model = "/".join(PurePath(str(model)).parts[-2:]) + (
             "" if self.config.get("enable_thinking", True) else ", thinking off")
         rows = [m for m in read_lines(path / "metrics.jsonl") if "score" in m]  # SFT has none
         for i in range(len(rows) + 1 if rows else 0):  # five steps together: one's few are noisy
@@ -102,8 +104,9 @@ class Folder:
         n = max(row.get("pass_at", "1"), key=int)
         best = {f"pass@{n}": row["pass_at"][n]} if n != "1" else {}
         self.points.append(Point(
-            kind=kind, where=self.model if kind == "run" else self.name, arm=arm, seed=self.seed,
-            step=step, benchmark=benchmark, values={q: row[q] for q in FORMS} | best, path=path))
+            kind=kind, where=self.model if kind == "run" else self.name, model=self.model, arm=arm,
+            step=step, seed=self.seed, benchmark=benchmark, path=path,
+            values={q: row[q] for q in FORMS} | best))
 
 def find(roots):
     """The folders with results below the roots; a folder seed_N is no part of a name."""
@@ -172,6 +175,7 @@ def tables(found, kind):
 
 # --- drawing -------------------------------------------------------------------------------------
 
+# Okabe and Ito's, for the colour-blind, its yellow left out; the last two ours
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8C6D00", "#7A5195", "#333333")
 UNITS = dict(score="score (share right)", length="length (tokens)",
              epistemic="epistemic words an answer")
@@ -191,7 +195,7 @@ def panel(title, draw, data, **labels):
     return (f'<img alt="{html.escape(title)}" src="data:image/png;base64,'
             f'{base64.b64encode(file.getvalue()).decode()}">')
 
-def lines(axis, series):
+def lines(axis, series, sizes=()):
     """series: {name: one {x: y} a seed}. Their mean, and a band from the lowest to the highest."""
     ends, low = [], -0.15
     for color, (name, seeds) in zip(COLORS * 9, series.items()):
@@ -203,15 +207,12 @@ def lines(axis, series):
         ends.append((mean[-1], name, color))
     axis.set_ylim(0, None)
     axis.locator_params(axis="x", integer=True)
+    if sizes:  # of question sets
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(sizes, sizes)
     for y, name, color in sorted(ends):  # names moved apart where they would cover each other
         low = max(low + 0.065, y / axis.get_ylim()[1])
         axis.text(1.02, low, name, color=color, transform=axis.transAxes, va="center", size=8)
-
-def over_sizes(axis, series):
-    lines(axis, series)
-    sizes = sorted(set().union(*(s for seeds in series.values() for s in seeds)))
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(sizes, sizes)
 
 def bars(axis, series):
     """series: {arm: one {marker: value} a seed}: for a word a bar an arm, and a dot a seed."""
@@ -228,12 +229,12 @@ def bars(axis, series):
                               textcoords="offset points", va="center")
     axis.set_yticks([j + 0.4 - 0.4 / n for j in range(len(words))], words)
     axis.invert_yaxis()
-    axis.set_xlabel(axis.get_xlabel() + "".join(
-        f"\nnever said: {', '.join(w for w in most if not most[w])}" for _ in [0] if not all(most.values())))
+    never = ", ".join(w for w in most if not most[w])
+    axis.set_xlabel(axis.get_xlabel() + (f"\nnever said: {never}" if never else ""))
     axis.figure.set_figheight(1.2 + 0.15 * len(words) * (n + 1))
 
 def shifts(axis, arms):
-    """arms: {name: ({marker: shift}, {other word: shift}, ratio)}: a dot a word, the largest named."""
+    """arms: {name: ({marker: shift}, {other word: shift}, ratio)}: a dot a word."""
     for i, (color, (name, (ours, others, ratio))) in enumerate(zip(COLORS * 9, arms.items())):
         for words, y, color in ((ours, i, color), (others, i + 0.35, "0.45")):
             axis.plot([*words.values()], [y] * len(words), "o", ms=4, color=color, alpha=0.6)
@@ -270,13 +271,16 @@ def curves(found, where, labels, title):
 
 def alike(arms, key):
     """The groups of {arm: config} that differ in this flag alone, of those that matter."""
-    groups, no_matter = defaultdict(dict), re.compile(
-        f"{key}|run_dir|seed|commit|versions|world_size|resume|steps|.*_every|eval_.*|tokens_per_.*|"
-        "recompute_.*|offload_.*|gpu_memory_.*")
+    groups, rest = defaultdict(dict), re.compile(
+        f"{key}|run_dir|seed|commit|versions|world_size|resume|steps|.*_every|eval_.*|"
+        "tokens_per_.*|recompute_.*|offload_.*|gpu_memory_.*")
     for arm, c in arms.items():
-        groups[str({k: c[k] for k in sorted(c) if not no_matter.fullmatch(k)})][arm] = c
-    return [dict(sorted(g.items(), key=lambda i: (isinstance(i[1].get(key), str), i[1].get(key) or 0)))
-            for g in groups.values() if len({str(c.get(key)) for c in g.values()}) > 1]
+        groups[str({k: c[k] for k in sorted(c) if not rest.fullmatch(k)})][arm] = c
+    def order(item):  # numbers before texts
+        value = item[1].get(key)
+        return (isinstance(value, str), value or 0)
+    return [dict(sorted(g.items(), key=order)) for g in groups.values()
+            if len({str(c.get(key)) for c in g.values()}) > 1]
 
 def compared(found, key):
     return [image for model, arms in configs(found).items() for group in alike(arms, key) for image
@@ -286,13 +290,15 @@ def all_runs(found, *flags):
     """Eight arms a picture at most; of those that differ in |D| alone the one with the most."""
     for model, arms in configs(found).items():
         few = {a for group in alike(arms, "num_questions") for a in [*group][:-1]}
-        shown = [a for a, c in arms.items() if a not in few and all(c.get(k) == v for k, v in flags)]
+        shown = [a for a, c in arms.items() if a not in few and all(
+            c.get(flag) == value for flag, value in flags)]
         for i in range(0, len(shown), 8):
             yield from curves(found, model, {a: a for a in shown[i:i + 8]}, model)
 
 def checkpoints(found):
     for name in dict.fromkeys(f.name for f in found if "models" in f.summary):
-        steps = Counter(p.arm for f in found for p in f.points if p.where == name and p.benchmark)
+        of = [p for f in found for p in f.points if p.kind == "evaluation" and p.where == name]
+        steps = Counter(arm for arm, _ in dict.fromkeys((p.arm, p.step) for p in of))
         yield from curves(found, name, {a: a for a in steps if steps[a] > 1}, name)
 
 def over_data(found, key, size, xlabel):
@@ -305,20 +311,20 @@ def over_data(found, key, size, xlabel):
                     for column, (y, _) in row.items():
                         series[column][min(group, key=len), seed][size(c)] = y
         for column, of in series.items():
-            yield panel(f"{model}: {column} at the end", over_sizes, {
+            draw = functools.partial(lines, sizes=sorted(set().union(*of.values())))
+            yield panel(f"{model}: {column} at the end", draw, {
                 name: [s for (n, _), s in of.items() if n == name] for name, _ in of},
                 xlabel=xlabel, ylabel=UNITS.get(column.split()[-1], column))
 
 def families(config):
-    match = re.search(r"families_(\d+)\.jsonl$", str(config.get("data")))
-    return match and int(match[1])
+    return int((re.findall(r"families_(\d+)\.jsonl$", str(config.get("data"))) or [0])[0])
 
 def base_words(found):
     models = defaultdict(dict)
     for (where, b), arms in last(found, "run", "evaluation").items():
-        for arm, seeds in arms.items():
+        for arm, seeds in arms.items():  # an evaluation's, with more answers, instead of a run's
             if rows := [p.digest[0] for p in seeds.values() if not p.step and p.digest[0]]:
-                models[b][where if arm == "base" else arm] = rows
+                models[b][[*seeds.values()][0].model if arm == "base" else arm] = rows
     return [panel(f"{b}, before training", bars, rows, xlabel="uses an answer")
             for b, rows in models.items() if len(rows) > 1]
 
@@ -361,9 +367,8 @@ def judged(found):
                          "; ".join(e for e, _ in said.most_common(5))])
     if rows:
         yield as_html([["", "seed", "answers", "expressions an answer", "most frequent"], *rows])
-        yield panel("Uncertainty expressions, by a judge", lambda axis, counts: axis.boxplot(
-            [*counts.values()], orientation="horizontal", tick_labels=[*counts]), counts,
-            xlabel="expressions an answer")
+        yield panel("Uncertainty expressions", lambda axis, counts: axis.boxplot(
+            [*counts.values()], orientation="horizontal", tick_labels=[*counts]), counts)
 
 FREQUENT = 25  # ours: the paper does not say what is frequent; its rarest variant has 25
 
@@ -409,48 +414,47 @@ def traces(found):
                 if r["index"] in first:
                     first[r["index"]].setdefault(p.arm, r)
         if first:
-            yield (f"<h3>{html.escape(f'{where} {b}')}</h3><p>{len(first)} of {len(both)} questions,"
-                   f" those first on which they differ ({sum(map(bool, apart.values()))}); "
-                   f"{len(score)} of {len(ends)} models; the first answer of each.</p>")
+            yield (f"<h3>{html.escape(f'{where} {b}')}</h3><p>{len(first)} of {len(both)} questions;"
+                   f" those on which the models differ, {sum(map(bool, apart.values()))}, come "
+                   f"first. {len(score)} of {len(ends)} models, the first answer of each.</p>")
         for i, answers in first.items():
             r = next(iter(answers.values()))
-            asked = r.get("question", f"Question {i}") + f" Right: {r.get('answer')}"
+            asked = f"{r.get('question', f'Question {i}')} Right answer: {r.get('answer')}"
             yield f"<details><summary>{html.escape(asked)}</summary>" + "".join(
                 f"<div><b>{html.escape(arm)}: {'right' if r['correct'] else 'wrong'}</b>, "
                 f"{r['tokens']:,} tokens, {epistemic.count(r['response'])} epistemic words"
                 f"<pre>{highlighted(r['response'])}</pre></div>" for arm, r in answers.items()
             ) + "</details>"
 
-EVAL, CONTEXTS = "evaluate.py's folder", "generate_conditions.py's folder"
-SECTIONS = (  # title, the files that it is drawn from, by what
-    ("Where the runs ended", "metrics.jsonl and eval/", tables, "run"),
-    ("Tables 1 and 7: one question in five contexts", CONTEXTS, tables, "contexts"),
-    ("Figure 9: the words by context", CONTEXTS, context_words),
-    ("Table 2: the last checkpoints on the benchmarks", EVAL, tables, "evaluation"),
-    ("Figures 1, 3-5, 16-18: training and benchmarks", "metrics.jsonl and eval/", all_runs),
-    ("Figures 3, 4, 14: what the teacher is shown", "runs that differ in --demonstration alone",
-     compared, "demonstration"),
-    ("Figure 6: a teacher that follows", "runs that differ in --ema alone", compared, "ema"),
-    ("Figure 20a: top-k of the loss", "runs that differ in --top_k alone", compared, "top_k"),
-    ("Figure 20b: the learning rate", "runs that differ in --lr alone", compared, "lr"),
+CONTEXTS, EVAL, DIFFER = "generate_conditions.py's", "evaluate.py's", "runs that differ alone in"
+SECTIONS = (  # title, the files (in folders of a run, or a script's) that it is drawn from, by what
+    ("Where the runs ended", "metrics.jsonl, eval/", tables, "run"),
+    ("Tables 1 and 7: one question in five contexts", f"{CONTEXTS} summary", tables, "contexts"),
+    ("Figure 9: the words by context", f"{CONTEXTS} answers", context_words),
+    ("Table 2: the last checkpoints", f"{EVAL} summary.json", tables, "evaluation"),
+    ("Figures 1, 3-5, 16-18: all runs over the steps", "metrics.jsonl, eval/", all_runs),
+    ("Figures 3, 4, 14: what the teacher is shown", f"{DIFFER} demonstration", compared,
+     "demonstration"),
+    ("Figure 6: a teacher that follows the student", f"{DIFFER} ema", compared, "ema"),
+    ("Figure 20a: top-k of the loss", f"{DIFFER} top_k", compared, "top_k"),
+    ("Figure 20b: the learning rate", f"{DIFFER} lr", compared, "lr"),
     ("Figure 15: OPSD", 'runs with "context": "gold"', all_runs, ("context", "gold")),
-    ("Figure 7: |D| over the steps", "runs that differ in --num_questions alone", compared,
-     "num_questions"),
-    ("Figure 8: over |D|", "runs that differ in --num_questions alone", over_data,
-     "num_questions", lambda c: c.get("num_questions"), "|D|, questions to train on"),
-    ("Figure 8 over K task families", "runs that differ in --data families_K.jsonl alone",
-     over_data, "data", families, "K, task families to train on"),
-    ("Figures 4, 6, 19: acc@n (score) and pass@n", f"{EVAL} with several steps", checkpoints),
+    ("Figure 7: |D|, over the steps", f"{DIFFER} num_questions", compared, "num_questions"),
+    ("Figure 8: over |D|", f"{DIFFER} num_questions", over_data, "num_questions",
+     lambda config: config.get("num_questions"), "|D|, questions to train on"),
+    ("Figure 8 over K task families", f"{DIFFER} data, families_K.jsonl", over_data, "data",
+     families, "K, task families to train on"),
+    ("Figures 4, 6, 19: acc@n, pass@n", f"{EVAL} summary.json of several steps", checkpoints),
     ("Figure 10: the words of several models", "answers of two untrained models", base_words),
-    ("Figures 3d, 4d, 11, 16d: the words against the base", "eval/step_N.jsonl with step 0, or "
-     f"{EVAL}", against_base, bars, marker_shifts, "change, uses an answer"),
-    ("Figure 12: every word against the base", f"eval/step_N.jsonl with step 0, or {EVAL}",
-     against_base, shifts, word_shifts, "change, uses an answer; right: ratio of mean sizes\n"
-     "coloured: the ten markers; grey: each other word of the base"),
-    ("Figure 13, Tables 4 and 5: a judge's count", "*.judged.jsonl", judged),
-    ("Table 6: student against teacher by token", "token_kl.json", token_kl),
+    ("Figures 3d, 4d, 11, 16d: the words against the base", "answers of the base and after it",
+     against_base, bars, marker_shifts, "change, uses an answer"),
+    ("Figure 12: every word against the base", "answers of the base and after it", against_base,
+     shifts, word_shifts, "change, uses an answer; right: ratio of the mean sizes\n"
+     "coloured: the ten markers; grey: all other words of the base"),
+    ("Figure 13, Tables 4, 5: a judge's count", "*.judged.jsonl", judged),
+    ("Table 6: KL of student and teacher by token", "token_kl.json", token_kl),
     ("Why answers are wrong", "errors.json", errors),
-    ("Read the traces", "two models' answers to the same questions", traces))
+    ("Read the traces", "answers of two models to the same questions", traces))
 
 # --- page ----------------------------------------------------------------------------------------
 
@@ -460,14 +464,15 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 1500px; margin: auto; pa
 section, details[open] { display: grid; gap: 0 1em;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)) }
 section > *, summary { grid-column: 1 / -1; min-width: 0; margin: .3em 0 }
-section > img { grid-column: auto; width: 100%; max-width: 576px } .wide { overflow-x: auto }
-table { border-collapse: collapse } tr { border-bottom: 1px solid #ddd } mark { background: #ffd54d }
+section > img { grid-column: auto; width: 100%; max-width: 576px }
+.wide { overflow-x: auto } mark { background: #ffd54d }
+table { border-collapse: collapse } tr { border-bottom: 1px solid #ddd }
 td, th { padding: .1em .7em; text-align: right; white-space: nowrap }
 th:first-child { text-align: left; position: sticky; left: 0; background: #fff }
 pre { white-space: pre-wrap; overflow-wrap: anywhere } @media print { img { break-inside: avoid } }
-</style><h1>Self-distillation, measured</h1><p>± is a standard error: over the seeds where there are
-several, else over the questions. A band goes from the lowest seed to the highest, a dot is a seed.
-Training is a mean of five steps. Epistemic words: MARKERS.</p>
+</style><h1>Self-distillation, measured</h1>
+<p>± is a standard error: over the seeds where there are several, else over the questions. A band
+goes from the lowest seed to the highest, a dot is a seed. Training is a mean of five steps. Epistemic words: MARKERS.</p>
 """
 
 def over_steps(found):

@@ -1,4 +1,5 @@
 """report.py on folders written here, whose numbers are worked out by hand."""
+import html
 import json
 import re
 import struct
@@ -51,8 +52,12 @@ def afresh():
 
 @pytest.fixture
 def made(monkeypatch, capsys, tmp_path):
-    """Runs the command; gives (what it printed, the page)."""
-    def make(*folders, out=tmp_path / "out"):
+    """Runs the command; gives (what it printed, the page). Draws only if told: that takes time."""
+    def make(*folders, out=tmp_path / "out", draw=False):
+        if not draw:
+            monkeypatch.setattr(report, "panel", lambda title, *_, **__: (
+                f'<img alt="{html.escape(title)}">'))
+            monkeypatch.setattr(report, "overview", lambda path: None)
         monkeypatch.setattr(sys, "argv", ["report.py", *map(str, folders), "--out", str(out)])
         report.main()
         return capsys.readouterr().out, (out / "report.html").read_text()
@@ -155,10 +160,10 @@ def test_a_long_answer_says_what_is_left_out():
 
 
 def test_the_page_stays_small_with_thousands_of_answers(made, tmp_path):
-    run(tmp_path / "sdpo", ood=(1, 0) * 2000, text="wait " * 1000)
-    write(tmp_path / "sdpo/eval/step_0.jsonl", *answers("ood", (1,) * 4000, "maybe " * 1000))
+    run(tmp_path / "sdpo", ood=(1, 0) * 1000, text="wait " * 300)
+    write(tmp_path / "sdpo/eval/step_0.jsonl", *answers("ood", (1,) * 2000, "maybe " * 300))
     _, page = made(tmp_path / "sdpo")
-    assert len(page) < 2_000_000 and "6 of 4000 questions" in page
+    assert len(page) < 200_000 and "6 of 2000 questions" in page
 
 
 def test_word_shifts():
@@ -217,13 +222,28 @@ def test_judge_and_errors(made, tmp_path):
 
 
 def test_pictures(made, tmp_path):
-    run(tmp_path / "sdpo")
-    made(tmp_path / "sdpo")
-    files = [*(tmp_path / "out/figures").iterdir(), tmp_path / "out/report.png"]
-    assert len(files) == len(report.pictures) + 1 > 6
-    for file in files:
+    """Every kind of drawing once."""
+    for seed in (0, 1):
+        for size in (8, 64):
+            run(tmp_path / f"runs/seed_{seed}/sdpo_{size}", num_questions=size)
+    write(tmp_path / "runs/seed_0/sdpo_8/eval/step_2.judged.jsonl", dict(count=2), dict(count=4))
+    _, page = made(tmp_path / "runs", draw=True)
+    assert page.count("data:image/png;base64,iVBOR") == len(report.pictures)
+    kinds = " ".join(report.pictures)
+    for kind in ("training_score", "at_the_end", "toy_model_ood", "uncertainty_expressions"):
+        assert kind in kinds
+    for file in [*(tmp_path / "out/figures").iterdir(), tmp_path / "out/report.png"]:
         width, height = struct.unpack(">II", file.read_bytes()[16:24])
         assert width >= 500 and height >= 150
+
+
+def test_a_band_goes_from_the_lowest_seed_to_the_highest():
+    _, axis = report.pyplot.subplots()
+    report.lines(axis, dict(sdpo=[{0: 1.0, 1: 2.0}, {0: 3.0}]))
+    assert axis.lines[0].get_ydata().tolist() == [2, 2]  # at step 1 there is one seed as yet
+    assert {tuple(p) for p in axis.collections[0].get_paths()[0].vertices} == {
+        (0, 1), (0, 3), (1, 2)}
+    report.pyplot.close()
 
 
 def test_nothing_to_report(tmp_path, monkeypatch):
