@@ -414,9 +414,9 @@ def traces(found):
                 if r["index"] in first:
                     first[r["index"]].setdefault(p.arm, r)
         if first:
-            yield (f"<h3>{html.escape(f'{where} {b}')}</h3><p>{len(first)} of {len(both)} questions;"
-                   f" those on which the models differ, {sum(map(bool, apart.values()))}, come "
-                   f"first. {len(score)} of {len(ends)} models, the first answer of each.</p>")
+            yield (f"<h3>{html.escape(f'{where} {b}')}</h3><p>"
+                   f"{len(first)} of {len(both)} questions; the {sum(map(bool, apart.values()))} on "
+                   f"which the models differ come first. {len(score)} of {len(ends)} models, the first answer of each.</p>")
         for i, answers in first.items():
             r = next(iter(answers.values()))
             asked = f"{r.get('question', f'Question {i}')} Right answer: {r.get('answer')}"
@@ -472,7 +472,8 @@ th:first-child { text-align: left; position: sticky; left: 0; background: #fff }
 pre { white-space: pre-wrap; overflow-wrap: anywhere } @media print { img { break-inside: avoid } }
 </style><h1>Self-distillation, measured</h1>
 <p>± is a standard error: over the seeds where there are several, else over the questions. A band
-goes from the lowest seed to the highest, a dot is a seed. Training is a mean of five steps. Epistemic words: MARKERS.</p>
+goes from the lowest seed to the highest, a dot is a seed. Training is a mean of five steps.
+Epistemic words: MARKERS.</p>
 """
 
 def over_steps(found):
