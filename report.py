@@ -416,7 +416,8 @@ def traces(found):
         if first:
             yield (f"<h3>{html.escape(f'{where} {b}')}</h3><p>"
                    f"{len(first)} of {len(both)} questions; the {sum(map(bool, apart.values()))} on "
-                   f"which the models differ come first. {len(score)} of {len(ends)} models, the first answer of each.</p>")
+                   f"which the models differ come first. {len(score)} of {len(ends)} models, "
+                   "the first answer of each.</p>")
         for i, answers in first.items():
             r = next(iter(answers.values()))
             asked = f"{r.get('question', f'Question {i}')} Right answer: {r.get('answer')}"
