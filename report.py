@@ -415,8 +415,8 @@ def traces(found):
                     first[r["index"]].setdefault(p.arm, r)
         if first:
             yield (f"<h3>{html.escape(f'{where} {b}')}</h3><p>"
-                   f"{len(first)} of {len(both)} questions; the {sum(map(bool, apart.values()))} on "
-                   f"which the models differ come first. {len(score)} of {len(ends)} models, "
+                   f"{len(first)} of {len(both)} questions; the {sum(map(bool, apart.values()))} "
+                   f"on which the models differ come first. {len(score)} of {len(ends)} models, "
                    "the first answer of each.</p>")
         for i, answers in first.items():
             r = next(iter(answers.values()))
