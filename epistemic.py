@@ -1,9 +1,8 @@
 """How much doubt does this response put into words?  E(y) of Sec. 3: the epistemic token count.
 
 Ten markers; E(y) is the sum of their occurrences in the response. The authors count substrings of
-the lower-cased text (their eval/check_epistemic_tokens.py): "unlikely" counts for `likely`,
-"checking" for `check`, "waiting" for `wait`. Every number of the paper is made like this, so it is
-the default here; Table 1 gives its means, Figure 9 splits them by marker.
+the lower-cased text (their eval/check_epistemic_tokens.py): "unlikely" counts for `likely`. So are
+all numbers of the paper made: Table 1 gives the means, Figure 9 splits them by marker.
 
     epistemic.count("Hmm, wait. Unlikely!")                      # 3
     python epistemic.py runs/x/eval/step_40.jsonl runs/y/eval/step_40.jsonl     # one table
@@ -46,57 +45,41 @@ Do NOT count:
 Return ONLY a JSON object with exactly these fields:
 { "count": <integer, total number of uncertainty expressions>, \
 "examples": [<up to 5 short quoted phrases from the text>] }"""
-JUDGE_TIMEOUT = 300.0  # s for a request
+JUDGE_TIMEOUT = 300.0  # s for a request; it is tried again after 0.5, 1, ... 8 s or as told
 
 # Ours first; the lists are over one question's samples, as in the authors' evaluation files.
 RESPONSE_FIELDS = ("response", "responses", "generated_responses", "text")
 NUMBER_FIELDS = dict(tokens=("tokens", "response_token_lengths"),
                      accuracy=("correct", "reward", "answers_correctness"))
-
 _JSON = json.JSONDecoder(strict=False)  # model text may hold raw control characters
-_ESCAPE = re.compile(r'\\(["\\/bfnrt]|u[0-9a-fA-F]{4})?')
-
 
 def count_by_marker(text: str, whole_word: bool = False) -> dict[str, int]:
-    r"""Occurrences of each marker in `text`, upper or lower case, in the order of MARKERS.
+    """Occurrences of each marker, in any case: non-overlapping substrings, as the authors count.
 
-    Non-overlapping substrings, as the authors count. `whole_word=True` takes only those that stand
-    alone (`\bmarker\b`): stricter, for comparison, and it does NOT reproduce the paper's numbers.
+    `whole_word=True` takes only those that stand alone; it does NOT give the paper's numbers.
     """
     text = text.lower()
-    if whole_word:
-        found = Counter(_WHOLE_WORD.findall(text))
-        return {marker: found[marker] for marker in MARKERS}
-    return {marker: text.count(marker) for marker in MARKERS}
-
+    find = Counter(_WHOLE_WORD.findall(text)).__getitem__ if whole_word else text.count
+    return {marker: find(marker) for marker in MARKERS}
 
 def count(text: str, whole_word: bool = False) -> int:
     """E(y) of Sec. 3: occurrences of all ten markers in one response. See `count_by_marker`."""
     return sum(count_by_marker(text, whole_word).values())
 
-
 def record(text, reward, tokens, finished, **more):
-    """A graded response as a line of the scripts' files, which this command and report.py read.
-
-    `tokens`: its length; `finished`: it was not cut; `more`: what it answers.
-    """
+    """A graded response, cut if not `finished`, as a line that this command and report.py read."""
     return dict(more, correct=reward, tokens=tokens, finished=finished, epistemic=count(text),
                 response=text)
 
-
 def averages(records) -> dict:
     """Means over records of what people watch; `truncated` is the share of cut answers."""
-    n = len(records)
-    return dict(score=sum(r["correct"] for r in records) / n,
-                length=sum(r["tokens"] for r in records) / n,
-                epistemic=sum(r["epistemic"] for r in records) / n,
-                truncated=sum(not r["finished"] for r in records) / n)
-
+    names = dict(score="correct", length="tokens", epistemic="epistemic")
+    means = {name: sum(r[key] for r in records) / len(records) for name, key in names.items()}
+    return dict(means, truncated=sum(not r["finished"] for r in records) / len(records))
 
 def line(means) -> str:
     """`averages` for the screen."""
     return "score {score:.3f}  len {length:6,.0f}  epistemic {epistemic:5.1f}".format(**means)
-
 
 def _responses(record, field):
     if isinstance(record, str):
@@ -112,7 +95,6 @@ def _responses(record, field):
         raise ValueError(f"field {name} is not text or a list of texts; name another with --field")
     return texts
 
-
 def _add(sums, record, whole_word, field):
     texts = _responses(record, field)
     sums["responses"] += len(texts)
@@ -126,21 +108,17 @@ def _add(sums, record, whole_word, field):
             sums[what] += sum(values)
             sums[what, "known"] += len(values)
 
-
 def _means(sums):
     n = sums["responses"]
     numbers = {w: sums[w] / sums[w, "known"] if sums[w, "known"] else None for w in NUMBER_FIELDS}
     return dict(responses=n, markers={marker: sums[marker] / n for marker in MARKERS},
                 total=sum(sums[marker] for marker in MARKERS) / n, **numbers)
 
-
 def summarize(records, whole_word: bool = False, field: str | None = None) -> dict:
-    """Means over the responses in `records`: texts, or dicts as in the evaluation files; streamed.
+    """Means over the responses in `records`, texts or lines as `record` makes them; streamed.
 
-    Returns `responses` (how many), `markers` (marker -> mean per response, Figure 9), `total` (mean
-    E(y), Table 1), `tokens` (mean length) and `accuracy` (mean of `correct` or `reward`); the last
-    two over the responses whose records state them, None if none does. `field` names where the
-    responses are. Raises ValueError if a record has no response, or if there is none at all.
+    `responses`: how many; `markers`: Figure 9; `total`: E(y), Table 1; `tokens` and `accuracy` over
+    those that state them, else None. ValueError for a record without a response, or for none.
     """
     sums = Counter()
     for record in records:
@@ -148,10 +126,6 @@ def summarize(records, whole_word: bool = False, field: str | None = None) -> di
     if not sums["responses"]:
         raise ValueError("no responses to average over")
     return _means(sums)
-
-
-# ---------------------------------------------------------------------------------- the command
-
 
 def _lines(path, use):
     """use(record) of every line, errors with its number. Holds one line in memory at a time."""
@@ -169,7 +143,6 @@ def _lines(path, use):
             except ValueError as error:
                 raise ValueError(f"{path}:{number}: {error}") from None
 
-
 def _summarize_file(path, whole_word, field):
     """{benchmark: summary}, "" where a record names none."""
     groups = {}
@@ -177,13 +150,11 @@ def _summarize_file(path, whole_word, field):
     def add(record):
         name = record.get("benchmark", "") if isinstance(record, dict) else ""
         _add(groups.setdefault(str(name), Counter()), record, whole_word, field)
-    for _ in _lines(path, add):
-        pass
+    list(_lines(path, add))
     groups = {name: _means(sums) for name, sums in groups.items() if sums["responses"]}
     if not groups:
         raise ValueError(f"{path}: no responses in it; has the run that writes it got so far?")
     return groups
-
 
 def _grid(paths, rows, left=13):
     """A table with a column for each path, from rows of (label, cells)."""
@@ -196,7 +167,6 @@ def _grid(paths, rows, left=13):
     return "\n".join(above + [f"{label:{left}}" + "".join(f"  {cell:>{width}}" for cell in cells)
                               for label, cells in rows])
 
-
 def _table(files):
     """One column per file, or per benchmark of a file; `files` is [(path, {benchmark: summary})]"""
     columns = [(path, name, s) for path, groups in files for name, s in groups.items()]
@@ -206,9 +176,7 @@ def _table(files):
         rows += [(what, ["" if s[what] is None else f"{s[what]:{form}}" for _, _, s in columns])]
     return _grid([path for path, _, _ in columns], rows)
 
-
 # ------------------------------------------------------------------------- the judge (App. B.5)
-
 
 def judgement(said):
     r"""(count, expressions) of the last JSON object with a count in a judge's answer, else None.
@@ -216,19 +184,18 @@ def judgement(said):
     Judges put prose, ``` or a think part around it, and quote LaTeX, whose \sin is no JSON.
     """
     said = said.rpartition("</think>")[2][-20_000:]  # what is longer never ends
-    said = _ESCAPE.sub(lambda m: m[0] if m[1] else r"\\", said)
+    said = re.sub(r'\\(["\\/bfnrt]|u[0-9a-fA-F]{4})?', lambda m: m[0] if m[1] else r"\\", said)
     for brace in reversed(list(re.finditer("{", said))):
         with contextlib.suppress(ValueError, RecursionError):
             found = _JSON.raw_decode(said, brace.start())[0]
-            examples = found.get("examples")
-            examples = examples if isinstance(examples, list) else [examples]
-            if count := re.fullmatch(r"([0-9]{1,6})(?:\.0)?", str(found.get("count"))):
-                return int(count[1]), [e for e in examples if isinstance(e, str)]
-
+            quotes = found.get("examples")
+            if n := re.fullmatch(r"([0-9]{1,6})(?:\.0)?", str(found.get("count"))):
+                quotes = quotes if isinstance(quotes, list) else [quotes]
+                return int(n[1]), [quote for quote in quotes if isinstance(quote, str)]
 
 def _ask(client, model, text):
     """A judgement, or why this text gets none. Sampling is the server's: the paper names none."""
-    from openai import APIResponseValidationError, BadRequestError
+    from openai import APIResponseValidationError, BadRequestError, OpenAIError
     messages = [dict(role="system", content=JUDGE_PROMPT),
                 dict(role="user", content=text.encode(errors="replace").decode())]
     for _ in range(3):
@@ -236,35 +203,35 @@ def _ask(client, model, text):
             reply = client.chat.completions.create(model=model, messages=messages)
             if found := judgement(reply.choices[0].message.content):
                 return found
-        except BadRequestError as error:  # too long or refused: the others may be answered
-            return str(error)
         except (AttributeError, LookupError, TypeError, ValueError, APIResponseValidationError):
             continue  # not as the protocol has it
+        except OpenAIError as error:
+            why = " ".join(str(error).replace(client.api_key, "***").split())[:300]
+            if isinstance(error, BadRequestError):  # too long or refused: others may be answered
+                return why
+            raise ValueError(f"the judge: {why}; what it has judged is kept") from None
     return "it says no JSON object with a count"
 
-
 def _judge(path, args, client):
-    """[(count, expressions)] of a file's responses; asks about those that it has not asked about."""
+    """[(count, expressions)] of a file's responses; asks about those that are new."""
     places, target = {}, Path(path).with_suffix(".judged.jsonl")  # {hash: (text, its indices)}
     texts = (t for ts in _lines(path, lambda record: _responses(record, args.field)) for t in ts)
     for i, text in enumerate(texts):
         asked = (JUDGE_PROMPT + text).encode("utf-8", "surrogatepass")
         places.setdefault(hashlib.sha256(asked).hexdigest()[:16], (text, []))[1].append(i)
     judged = {key: (0, []) for key, (text, _) in places.items() if not text.strip()}
-    old = target.read_bytes() if target.exists() else b""
-    old = old[:old.rfind(b"\n") + 1]  # a kill may have torn the last line
+    *old, torn = (target.read_bytes() if target.exists() else b"").split(b"\n")  # by a kill
     try:
-        rows = [r for r in map(json.loads, old.splitlines()) if r["model"] == args.judge_model]
+        rows = [r for r in map(json.loads, old) if r["model"] == args.judge_model]
         judged |= {r["hash"]: (r["count"], r["expressions"]) for r in rows}
         written = {(r["hash"], r["index"]) for r in rows}
     except (ValueError, LookupError, TypeError):
         raise ValueError(f"{target}: holds something else than judgements; move it away") from None
-    todo = [text for key, (text, _) in places.items() if key not in judged]
-    tokens = sum(len(JUDGE_PROMPT + text) for text in todo) // 4  # about 4 characters each
-    print(f"{path}: {len(todo):,} requests to make, of about {tokens:,} tokens in all", flush=True)
+    todo = [JUDGE_PROMPT + text for key, (text, _) in places.items() if key not in judged]
+    tokens = sum(map(len, todo)) // 4  # ours: 4 characters each
+    print(f"{path}: {len(todo):,} requests, about {tokens:,} tokens to read", flush=True)
     if args.dry_run:
-        return print(*[f"\n{JUDGE_PROMPT}\n\n{text[:1000]}\n" for text in todo[:1]])
-
+        return print("", *todo[:1], sep="\n")
     def judge(key):
         found = judged.get(key) or _ask(client, args.judge_model, places[key][0])
         if isinstance(found, str):
@@ -275,56 +242,41 @@ def _judge(path, args, client):
         file.flush()
         judged[key] = found
     with open(target, "ab") as file, ThreadPoolExecutor(args.concurrency) as pool:
-        file.truncate(len(old))
+        file.truncate(file.tell() - len(torn))
         failed = [why for why in pool.map(judge, places) if why]  # an exception calls off the rest
     if failed:
-        why = failed[0].replace(client.api_key, "***")
-        print(f"{path}: {len(failed):,} not judged, as {why[:300]!r}; another start asks again")
+        print(f"{path}: {len(failed):,} not judged, as {failed[0]!r}; another start asks again")
     if not places.keys() & judged:
         raise ValueError(f"{path}: no response of it is judged")
     return [judged[key] for key, (_, at) in places.items() if key in judged for _ in at]
 
-
-def _judged_table(paths, judged):
+def _judge_files(args):
     """Table 5's mean, Figure 13's box, and what the judge quoted most often, per response."""
-    counts = [[count for count, _ in file] for file in judged]
+    address = re.fullmatch(r"https?://([\w.-]+|\[[0-9a-f:]+\])(:[0-9]+)?(/[\w./~-]*)?", args.judge)
+    if not address or not args.judge_model or args.concurrency < 1:
+        raise ValueError("--judge needs a URL (http://host:8000/v1), --judge_model, concurrency")
+    if args.dry_run:
+        return [_judge(path, args, None) for path in args.files]
+    from openai import OpenAI
+    key = os.environ.get("OPENAI_API_KEY", "").strip() or "none is set"
+    client = OpenAI(base_url=args.judge, api_key=key, max_retries=6, timeout=JUDGE_TIMEOUT)
+    judged = [_judge(path, args, client) for path in args.files]
+    counts = [[n for n, _ in file] for file in judged]
     boxes = [[sorted(c)[round(q / 4 * (len(c) - 1))] for q in range(5)] for c in counts]
-    quotes = [Counter(q.lower().strip(" .,:;!?…\"'“”") for _, qs in file for q in qs)
-              for file in judged]
+    quotes = [Counter(q.lower().strip(" .,:;!?…\"'“”") for _, qs in f for q in qs) for f in judged]
     rows = [("mean (Table 5)", [f"{sum(c) / len(c):.2f}" for c in counts]),
             ("least, quartiles, most", [" ".join(map(str, box)) for box in boxes]),
             ("responses", [f"{len(c):,}" for c in counts])]
     rows += [(f"“{quote[:24]}”", [f"{q[quote] / len(c):.2f}" for q, c in zip(quotes, counts)])
              for quote, _ in sum(quotes, Counter()).most_common(20)]
-    return _grid(paths, rows, 28)
-
-
-def _judge_files(args):
-    address = re.fullmatch(r"https?://([\w.-]+|\[[0-9a-f:]+\])(:[0-9]+)?(/[\w./~-]*)?", args.judge)
-    if not address or not args.judge_model or args.concurrency < 1:
-        raise ValueError("--judge needs a server's address, as http://localhost:8000/v1, "
-                         "--judge_model its name there, and --concurrency 1 at least")
-    if args.dry_run:
-        return [_judge(path, args, None) for path in args.files]
-    import openai
-    key = os.environ.get("OPENAI_API_KEY", "").strip() or "none is set"
-    try:
-        client = openai.OpenAI(  # waits 0.5, 1, ... 8 s before it tries again, or as it is told
-            base_url=args.judge, api_key=key, max_retries=6, timeout=JUDGE_TIMEOUT)
-        judged = [_judge(path, args, client) for path in args.files]
-    except openai.OpenAIError as error:
-        why = " ".join(str(error).replace(key, "***").split())[:300]
-        raise ValueError(f"the judge: {why}; what it has judged is kept") from None
     print(f"\nuncertainty expressions per response, as {args.judge_model} counts (App. B.5)\n\n"
-          f"{_judged_table(args.files, judged)}")
-
+          f"{_grid(args.files, rows, 28)}")
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Epistemic markers per response, one table.")
     add = parser.add_argument
     add("files", nargs="+", help="JSON Lines with a response or a list of them")
-    add("--whole_word", action="store_true",
-        help="count whole words only; the paper counts substrings")
+    add("--whole_word", action="store_true", help="whole words only; the paper counts substrings")
     add("--field", help=f"where it is, if not in {', '.join(RESPONSE_FIELDS)}")
     add("--judge", metavar="URL", help="have an OpenAI-compatible server count (App. B.5), its key "
         "in OPENAI_API_KEY; FILE's judgements go to FILE with suffix .judged.jsonl")
@@ -343,7 +295,6 @@ def main(argv=None):
         parser.exit(2, f"epistemic.py: {error}\n")
     how = "whole words: not the paper's count" if args.whole_word else "substrings, as in the paper"
     print(f"mean occurrences per response ({how})\n\n{_table(files)}")
-
 
 if __name__ == "__main__":
     main()

@@ -168,7 +168,7 @@ def test_nothing_is_asked_twice(ask, judge):
     assert sum(judge.asked.values()) == 4 and len(first) == 6
     code, out, _, rows = ask([*TEXTS, "hmm hmm", "Hmm."])  # FILE has grown
     assert counts(rows) == counts(first) | {6: 2, 7: 1} and sum(judge.asked.values()) == 5
-    assert "1 requests to make" in out
+    assert "1 requests, about" in out
     rows = ask(["new", *TEXTS[1:]])[3]  # and one is another: the last row of an index counts
     assert counts(rows)[0] == 0 and sum(judge.asked.values()) == 6
     assert ask(TEXTS, "--judge_model", "n")[0] == 0  # another judge
@@ -256,7 +256,7 @@ def test_a_dry_run_asks_nothing(ask, judge, monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
     code, out, _, rows = ask(["wait " * 1000, *TEXTS], "--dry_run")
     assert code == 0 and rows == [] and not judge.requests
-    assert "5 requests to make" in out and JUDGE_PROMPT in out and "wait wait" in out
+    assert "5 requests, about" in out and JUDGE_PROMPT in out and "wait wait" in out
     tokens = int(re.search(r"about ([\d,]+) tokens", out)[1].replace(",", ""))
     assert tokens == pytest.approx((5 * len(JUDGE_PROMPT) + 5045) / 4, abs=10)
 
@@ -271,9 +271,9 @@ def test_several_files_one_table(judge, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--judge", "localhost"], "server's address"), (["--judge", "http://u:p@h/v1"], "address"),
-    (["--judge", "http://h:port/v1"], "address"), (["--judge", ""], "address"),
-    (["--judge_model", ""], "--judge_model"), (["--concurrency", "0"], "--concurrency"),
+    (["--judge", "localhost"], "needs a URL"), (["--judge", "http://u:p@h/v1"], "needs a URL"),
+    (["--judge", "http://h:port/v1"], "needs a URL"), (["--judge", ""], "needs a URL"),
+    (["--judge_model", ""], "--judge_model"), (["--concurrency", "0"], "concurrency"),
     (["--field", "draft"], "no field draft"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(ask, judge, flags, said):
