@@ -329,7 +329,7 @@ def test_vllms_own_server(tmp_path, capsys):
     log = (tmp_path / "server.log").open("w")
     server = subprocess.Popen(command, env=env, stdout=log, stderr=log)
     try:
-        end = time.monotonic() + 240
+        end = time.monotonic() + 600  # a busy machine takes its time
         while time.monotonic() < end:
             assert server.poll() is None, (tmp_path / "server.log").read_text()[-3000:]
             with contextlib.suppress(OSError):
