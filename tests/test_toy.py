@@ -10,9 +10,16 @@ import pytest
 import epistemic
 
 ROOT = Path(__file__).resolve().parent.parent
-spec = importlib.util.spec_from_file_location("problems", ROOT / "toy/problems.py")
-problems = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(problems)
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"toy/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+problems, study = load("problems"), load("study")
 
 
 STEP = re.compile(r"((?:\d+ [-+*/] )+\d+) = (\d+)")
@@ -88,3 +95,29 @@ def test_data_files_are_what_the_generator_writes(tmp_path, monkeypatch):
 
 def test_model_folder_is_small():
     assert sum(p.stat().st_size for p in (ROOT / "toy/model").iterdir()) <= 3e6
+
+
+def test_readme_has_the_numbers_of_the_study():
+    found = json.loads((ROOT / "results/toy/numbers.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    shown = [text for text in study.tables(found).values() if text.count("\n") > 1]
+    assert len(shown) >= 4 and all(text in readme for text in shown)
+
+
+def test_every_arm_of_the_tables_is_run():
+    names = {name for group in ("study", "controls", "remedies") for name in study.runs(group, "o")}
+    arms = {arm for table in study.TABLES.values() for arm in table.values()}
+    assert {a for a in arms if not a.startswith(("context_", "sft_"))} - {"base"} <= names
+
+
+def test_numbers_are_means_over_seeds(tmp_path):
+    for seed, score in enumerate([0.5, 0.7]):
+        folder = tmp_path / f"seed_{seed}/sdpo"
+        (folder / "eval").mkdir(parents=True)
+        (folder / "ended").touch()
+        for step, value in ((0, 0.9), (20, score)):
+            row = dict(score=value, length=40.0, epistemic=1.0)
+            (folder / f"eval/step_{step}.json").write_text(json.dumps({"ood": row}))
+    found = study.numbers([tmp_path / "seed_0", tmp_path / "seed_1"])
+    assert found["sdpo"]["ood"]["score"] == [0.6, round(0.02 ** 0.5, 4), 2]
+    assert found["base"]["ood"]["score"] == [0.9, 0.0, 2]

@@ -105,7 +105,7 @@ def banned():
 
 
 def errors(folders):
-    """Sorts the wrong answers of each run's last evaluation; {arm: {benchmark: {kind: count}}}."""
+    """Sorts the wrong answers of each run's last evaluation: {"arm, benchmark": {kind: count}}."""
     asked = {name: [json.loads(line)["extra_info"] for line in
                     (ROOT / f"toy/data/{name}.jsonl").read_text().splitlines()]
              for name in problems.SPLITS}
@@ -113,18 +113,19 @@ def errors(folders):
         found = {}
         for evaluation in sorted(folder.glob("*/eval")):
             steps = sorted(evaluation.glob("step_*.jsonl"), key=lambda p: int(p.stem[5:]))
-            for file in steps[-1:] or sorted(evaluation.rglob("*.jsonl")):
-                arm = evaluation.parent.name if steps else str(file.parent.relative_to(evaluation))
+            run = evaluation.parent.name
+            files = [("base", steps[0]), (run, steps[-1])] if steps else [
+                (run if file.parent.name == "model" else str(file.parent.relative_to(evaluation)),
+                 file) for file in sorted(evaluation.rglob("*.jsonl"))]
+            for arm, file in files:
+                kinds = collections.defaultdict(collections.Counter)
                 for record in map(json.loads, file.read_text().splitlines()):
                     name = record.get("benchmark", file.stem)
-                    kinds = found.setdefault(arm, {}).setdefault(name, collections.Counter())
-                    if not record["correct"]:
-                        problem = asked[name][record["index"]]
-                        kinds[problems.diagnose(problem, record["response"])] += 1
+                    if name in asked:
+                        kinds[f"{arm}, {name}"].update(() if record["correct"] else [
+                            problems.diagnose(asked[name][record["index"]], record["response"])])
+                found |= kinds
         (folder / "errors.json").write_text(json.dumps(found, indent=1) + "\n")
-        for arm, benchmarks in found.items():
-            for name, kinds in benchmarks.items():
-                print(f"{folder}/{arm:20s} {name:4s}", dict(kinds.most_common()))
 
 
 def main():

@@ -155,6 +155,25 @@ def table(found, arms, benchmarks=("in", "ood")):
     return "\n".join(lines)
 
 
+def errors(folders):
+    """{arm: {kind: wrong answers out of domain, over all seeds}}, from controls.py's errors.json."""
+    seen = collections.defaultdict(collections.Counter)
+    for folder in folders:
+        for name, kinds in json.loads((folder / "errors.json").read_text()).items():
+            arm, benchmark = name.split(", ")
+            if benchmark == "ood":
+                seen[arm].update(kinds)
+    return seen
+
+
+def table_of_errors(found, arms):
+    """Rows of Markdown: of the wrong answers, how many are wrong for which reason."""
+    kinds = sorted({kind for arm in arms.values() for kind in found.get(arm, {})})
+    lines = ["| wrong answers, ood | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
+    return "\n".join(lines + [f"| {name} | " + " | ".join(str(found[arm].get(k, 0)) for k in kinds)
+                              + " |" for name, arm in arms.items() if arm in found])
+
+
 TABLES = {  # of the README, from results/toy/numbers.json
     "controls": {
         "base": "base", "base, no marker is sampled": "control_banned", "SDPO": "sdpo",
@@ -186,6 +205,13 @@ TABLES = {  # of the README, from results/toy/numbers.json
 }
 
 
+def tables(found):
+    """{name: Markdown}: what the README shows, of the numbers that there are."""
+    texts = {name: table(found["arms"], arms, ("train",) if name == "contexts" else ("in", "ood"))
+             for name, arms in TABLES.items()}
+    return texts | {"errors": table_of_errors(found["errors"], TABLES["controls"])}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("groups", nargs="+", choices=["study", "controls", "remedies"])
@@ -206,10 +232,10 @@ def main():
     folders = sorted({str(out) for *_, out, _ in todo})
     subprocess.run([sys.executable, "toy/controls.py", "errors", *folders], cwd=ROOT)
     subprocess.run([sys.executable, "report.py", *folders], cwd=ROOT)
-    found = numbers(map(Path, folders))
+    folders = [Path(folder) for folder in folders]
+    found = dict(arms=numbers(folders), errors=errors(folders))
     (Path(args.out) / "numbers.json").write_text(json.dumps(found, indent=1) + "\n")
-    for name, arms in TABLES.items():
-        print(f"\n{name}\n" + table(found, arms, ("train",) if name == "contexts" else ("in", "ood")))
+    print("\n\n".join(f"{name}\n{text}" for name, text in tables(found).items()))
     sys.exit("\n".join(failed) if failed else 0)
 
 
