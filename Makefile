@@ -10,25 +10,26 @@ QUIET := PYTHONWARNINGS=ignore TORCH_CPP_LOG_LEVEL=ERROR
 JOBS := $(if $(GPU),1,2)
 RUN := $(QUIET) OMP_NUM_THREADS=1 $(BIN)/python
 
-# What demo runs: the scripts at the toy's size, with about half the steps of the study.
+# What demo runs: the scripts at the toy's size; the rates and steps of toy/study.py.
 OUT := runs/demo
-STEPS := 16
+STEPS := 20
 QUESTIONS := 12
 WARMUP := 3
-GRPO_LR := 1e-4
-SDPO_LR := 4e-4
-STUDIED := --accuracy 0.125 1 --top_k 0 --num_questions 45 --sft_examples 96 --questions_per_round 150
+GRPO_LR := 5e-5
+SDPO_LR := 1e-4
+STUDIED := --accuracy 0.125 1 --temperature 1 --top_p 1 --top_k 0 \
+    --num_questions 45 --sft_examples 96 --questions_per_round 150
 EPOCHS := 6
 SAMPLES := 1
 TOY := --max_response_tokens 320 --model toy/model
 TESTS := toy/data/in.jsonl toy/data/ood.jsonl
-EVAL := --eval_every 8
+EVAL := --eval_every 10
 TRAIN := $(TOY) --eval_data $(TESTS) $(EVAL) --data toy/data/train.jsonl --steps $(STEPS) \
     --questions_per_step $(QUESTIONS) --minibatch_questions $(QUESTIONS) \
     --warmup_steps $(WARMUP) --save_every $(STEPS) --tokens_per_micro_batch 8192 \
     --no-recompute_layers
 ended = $(1:%=$(OUT)/%/eval/step_$(STEPS).json)
-# |D| = 512: 16 steps of 12 see each question at most once
+# |D| = 512: 20 steps of 12 see each question at most once
 grpo := grpo.py --num_questions 512 --lr $(GRPO_LR)
 sdpo := sdpo.py --num_questions 512 --lr $(SDPO_LR)
 

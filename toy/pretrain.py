@@ -1,6 +1,6 @@
 """Pretrain the toy model from scratch on the traces of problems.py.
 
-    python toy/pretrain.py          # about 19 minutes on two cores; writes toy/model
+    python toy/pretrain.py          # about 16 minutes on two cores; writes toy/model
 
 An ordinary supervised loop: AdamW, linear decay, loss on the answer only. The result
 is a plain Hugging Face folder: a Qwen3 of 1M parameters with float16 weights (2 MB), *untied*

@@ -48,8 +48,8 @@ def runs(group, out):
     if group == "study":
         chosen = {
             **corners,
-            "sft": [f"generate_conditions.py {BASE} --data toy/data/train.jsonl --top_k 0 "
-                    "--accuracy 0.125 1 --num_questions 100 --sft_examples 200 "
+            "sft": [f"generate_conditions.py {BASE} --data toy/data/train.jsonl --temperature 1 "
+                    "--top_p 1 --top_k 0 --accuracy 0.125 1 --num_questions 100 --sft_examples 200 "
                     "--questions_per_round 240 "
                     f"--out {out}/conditions",
                     *(f"sft_distill.py {SFT} --run_dir {out}/sft/{d} "
