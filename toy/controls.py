@@ -11,7 +11,6 @@ Each replaces one function of `sdpo` or `evaluate`; `make controls` runs them al
 """
 
 import collections
-import functools
 import json
 import sys
 from pathlib import Path
@@ -97,10 +96,14 @@ def other_question(_):
 
 def banned():
     import evaluate
-    import vllm
 
-    bias = dict.fromkeys(marker_ids(sdpo.load_tokenizer(flag("--model"), 1)[0]), -100.0)
-    vllm.SamplingParams = functools.partial(vllm.SamplingParams, logit_bias=bias)
+    ids, answer = marker_ids(sdpo.load_tokenizer(flag("--model"), 1)[0]), evaluate.answer
+
+    def replaced(llm, verifier, questions, name, params, seed):
+        params.logit_bias = dict.fromkeys(ids, -100)
+        return answer(llm, verifier, questions, name, params, seed)
+
+    evaluate.answer = replaced
     evaluate.main()
 
 
