@@ -85,7 +85,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, flags, sai
         shutil.copytree(ROOT / "toy/model", tmp_path / folder,
                         ignore=shutil.ignore_patterns("*.safetensors"))
     config = tmp_path / "larger/config.json"
-    config.write_text(json.dumps(dict(json.loads(config.read_text()), vocab_size=600)))
+    config.write_text(json.dumps(dict(json.loads(config.read_text()), vocab_size=800)))
     (tmp_path / "full").mkdir()
     (tmp_path / "full/summary.json").write_text("precious")
     monkeypatch.chdir(tmp_path)

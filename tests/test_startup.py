@@ -36,7 +36,7 @@ def test_no_chat_template(model):
 def test_vocabulary_larger_than_the_model(model):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(dict(config, vocab_size=100)))
-    assert "487 tokens and the model 100" in refusal(load, model)
+    assert "754 tokens and the model 100" in refusal(load, model)
 
 
 def test_longer_than_the_positions(model):
