@@ -1,7 +1,6 @@
 """The embedded default: right problems, files as the generator writes them, a small model."""
 import importlib.util
 import json
-import re
 import random
 import re
 from pathlib import Path
