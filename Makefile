@@ -33,7 +33,7 @@ ended = $(1:%=$(OUT)/%/eval/step_$(STEPS).json)
 grpo := grpo.py --num_questions 512 --lr $(GRPO_LR)
 sdpo := sdpo.py --num_questions 512 --lr $(SDPO_LR)
 
-.PHONY: demo study controls remedies test quick test-kill
+.PHONY: demo study controls opsd remedies test quick test-kill
 demo: .venv/installed
 	@echo "Five contexts, SFT on two sets, GRPO and SDPO on a 1M-parameter model: about 10 minutes on"
 	@echo "two CPU cores. Then Tables 1 and 2, the curves, and a picture in runs/demo/report.png."
@@ -44,8 +44,8 @@ demo: .venv/installed
 
 # The whole miniature with three seeds, resumable: it says first how long it will take.
 study: .venv/installed
-	$(BIN)/python toy/study.py controls study remedies --jobs $(JOBS)
-controls remedies: .venv/installed
+	$(BIN)/python toy/study.py controls study opsd remedies --jobs $(JOBS)
+controls opsd remedies: .venv/installed
 	$(BIN)/python toy/study.py $@ --jobs $(JOBS)
 
 $(OUT)/conditions/summary.json:

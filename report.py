@@ -183,6 +183,9 @@ pyplot.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.r
                         "axes.grid": True, "grid.alpha": 0.25, "axes.titlesize": 10})
 pictures = {}  # {name: PNG} of what was drawn
 
+def file_name(title):
+    return re.sub(r"\W+", "_", title.lower()).strip("_")
+
 def panel(title, draw, data, **labels):
     """A picture of its own, so that the page sets as many beside each other as it has room for."""
     figure, axis = pyplot.subplots(figsize=(4.8, 3.2), layout="constrained")
@@ -190,8 +193,7 @@ def panel(title, draw, data, **labels):
     draw(axis, data)
     figure.savefig(file := io.BytesIO(), dpi=120)
     pyplot.close(figure)
-    name = f"{len(pictures) + 1:03d}_" + re.sub(r"\W+", "_", title.lower()).strip("_")
-    pictures[name] = file.getvalue()
+    pictures[f"{len(pictures) + 1:03d}_{file_name(title)}"] = file.getvalue()
     return (f'<img alt="{html.escape(title)}" src="data:image/png;base64,'
             f'{base64.b64encode(file.getvalue()).decode()}">')
 
@@ -210,8 +212,10 @@ def lines(axis, series, sizes=()):
     if sizes:  # of question sets
         axis.set_xscale("log", base=2)
         axis.set_xticks(sizes, sizes)
-    for y, name, color in sorted(ends):  # names moved apart where they would cover each other
-        low = max(low + 0.065, y / axis.get_ylim()[1])
+    # names moved apart where they would cover each other, and down where they would leave the panel
+    ends = [(y / axis.get_ylim()[1], name, color) for y, name, color in sorted(ends)]
+    for i, (y, name, color) in enumerate(ends):
+        low = max(low + 0.065, min(y, 1 - 0.065 * (len(ends) - 1 - i)))
         axis.text(1.02, low, name, color=color, transform=axis.transAxes, va="center", size=8)
 
 def bars(axis, series):
@@ -246,6 +250,24 @@ def shifts(axis, arms):
     axis.set_ylim(len(arms) - 0.3, -0.5)
     axis.margins(x=0.15)
     axis.figure.set_figheight(1.2 + 0.6 * len(arms))
+
+def plane(axis, arms):
+    """arms: {name: one {quantity: mean} a seed}: a point an arm, a line through those of one name
+    with several strengths, NAME_STRENGTH; GRPO and SDPO, the corners, and the base are black."""
+    tracks = defaultdict(list)
+    for name, seeds in arms.items():
+        point = [fmean(s[q] for s in seeds) for q in ("length", "score")]
+        tracks[re.sub(r"_[\d.]+$", "", name)].append((name, *point))
+    colors = iter(COLORS * 9)
+    for name, points in tracks.items():
+        corner = name in ("base", "grpo", "sdpo")
+        color = "k" if corner else next(colors)
+        points.sort(key=lambda p: float(p[0].rpartition("_")[2]) if len(points) > 1 else 0)
+        axis.plot(*zip(*(xy for _, *xy in points)), color=color, marker="so"[not corner], ms=4, lw=1)
+        axis.annotate(name, points[0][1:], (4, 4), color=color, size=8, textcoords="offset points",
+                      weight="bold" if corner else "normal")
+    axis.set_ylim(0, 1)
+    axis.figure.set_size_inches(7, 5)
 
 # --- figures and tables: each gives pieces of HTML, none if there is nothing to draw --------------
 
@@ -315,6 +337,13 @@ def over_data(found, key, size, xlabel):
             yield panel(f"{model}: {column} at the end", draw, {
                 name: [s for (n, _), s in of.items() if n == name] for name, _ in of},
                 xlabel=xlabel, ylabel=UNITS.get(column.split()[-1], column))
+
+def score_against_length(found):
+    for (where, b), arms in last(found, "run").items():
+        if b != "training" and len(arms) > 3:
+            yield panel(f"{where}: {b}", plane, {
+                a: [p.values for p in seeds.values()] for a, seeds in arms.items()},
+                xlabel=UNITS["length"], ylabel=UNITS["score"])
 
 def families(config):
     return int((re.findall(r"families_(\d+)\.jsonl$", str(config.get("data"))) or [0])[0])
@@ -445,6 +474,7 @@ SECTIONS = (  # title, the files (in folders of a run, or a script's) that it is
      lambda config: config.get("num_questions"), "|D|, questions to train on"),
     ("Figure 8 over K task families", f"{DIFFER} data, families_K.jsonl", over_data, "data",
      families, "K, task families to train on"),
+    ("Score against length", "metrics.jsonl, eval/", score_against_length),
     ("Figures 4, 6, 19: acc@n, pass@n", f"{EVAL} summary.json of several steps", checkpoints),
     ("Figure 10: the words of several models", "answers of two untrained models", base_words),
     ("Figures 3d, 4d, 11, 16d: the words against the base", "answers of the base and after it",
@@ -516,7 +546,9 @@ def main():
     print(as_text(grid("step", over_steps(found))))
     page, notes = PAGE.replace("MARKERS", ", ".join(epistemic.MARKERS)), []
     for title, files, draw, *more in SECTIONS:
-        pieces = "".join(draw(found, *more))
+        before, pieces = len(pictures), "".join(draw(found, *more))
+        for name in [*pictures][before:]:
+            pictures[f"{name[:4]}{file_name(title.split(':')[0])}{name[3:]}"] = pictures.pop(name)
         if pieces:
             page += f"<section><h2>{title}</h2><p>From {files}.</p>{pieces}</section>\n"
         else:
@@ -524,6 +556,8 @@ def main():
     notes += [f"{path}: {why}, left out" for path, why in unread.items()]
     page += "".join(f"<p>{html.escape(note)}</p>\n" for note in notes)
     (out / "figures").mkdir(parents=True, exist_ok=True)
+    for old in (out / "figures").glob("[0-9][0-9][0-9]_*.png"):  # of a report made before
+        old.unlink()
     for name, png in pictures.items():
         (out / f"figures/{name}.png").write_bytes(png)
     (out / "report.html").write_text(page, encoding="utf-8", errors="replace")

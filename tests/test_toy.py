@@ -57,6 +57,15 @@ def test_traces_compute_what_they_say(style):
         assert re.findall(r"(\d+)\?", text) == [str(y) for y in p["numbers"][: place + 1]]
 
 
+def test_thinking_off_says_the_same_in_the_answer_with_half_the_checks():
+    rng = random.Random(2)
+    texts = [problems.trace(rng, problems.make_problem(rng, True), "unguided", t)
+             for t in (True, False) for _ in range(300)]
+    assert all("<think>" in t for t in texts[:300]) and not any("think>" in t for t in texts[300:])
+    checks = [sum(t.count("need") for t in part) for part in (texts[:300], texts[300:])]
+    assert 0.4 < checks[1] / checks[0] < 0.6
+
+
 def test_wrong_answers_are_sorted_by_their_first_fault():
     p = dict(family="sum", a=4, b=9, r=1, x=3, numbers=[7, 3, 12])
     first = "7? Wait, check: 4 * 7 = 28, 28 + 9 = 37, so 7, need 1, no."
@@ -106,9 +115,10 @@ def test_readme_has_the_numbers_of_the_study():
 
 
 def test_every_arm_of_the_tables_is_run():
-    names = {name for group in ("study", "controls", "remedies") for name in study.runs(group, "o")}
+    names = {name for group in ("study", "controls", "opsd", "remedies")
+             for name in study.runs(group, "o")}
     arms = {arm for table in study.TABLES.values() for arm in table.values()}
-    assert {a for a in arms if not a.startswith(("context_", "sft_"))} - {"base"} <= names
+    assert {a for a in arms if not a.startswith(("context_", "sft_", "base"))} <= names
 
 
 def test_numbers_are_means_over_seeds(tmp_path):
@@ -116,6 +126,7 @@ def test_numbers_are_means_over_seeds(tmp_path):
         folder = tmp_path / f"seed_{seed}/sdpo"
         (folder / "eval").mkdir(parents=True)
         (folder / "ended").touch()
+        (folder / "config.json").write_text(json.dumps(dict(model="toy/model")))
         for step, value in ((0, 0.9), (20, score)):
             row = dict(score=value, length=40.0, epistemic=1.0)
             (folder / f"eval/step_{step}.json").write_text(json.dumps({"ood": row}))

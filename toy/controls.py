@@ -10,6 +10,7 @@
 Each replaces one function of `sdpo` or `evaluate`; `make controls` runs them all.
 """
 
+import argparse
 import collections
 import json
 import sys
@@ -139,6 +140,9 @@ def main():
         banned()
     elif control in ("no_markers", "no_marker_loss", "no_answer_loss", "other_question"):
         globals()[control](sdpo.load_tokenizer(flag("--model"), 1)[0])
+        parse_args = sdpo.parse_args
+        # into config.json, so that report.py takes it for no run of the plain sdpo.py
+        sdpo.parse_args = lambda: argparse.Namespace(**vars(parse_args()), control=control)
         sdpo.main()
     else:
         sys.exit(__doc__)

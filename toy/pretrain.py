@@ -1,6 +1,7 @@
 """Pretrain the toy model from scratch on the traces of problems.py.
 
     python toy/pretrain.py          # about 16 minutes on two cores; writes toy/model
+    python toy/pretrain.py --two_modes 0.5 --steps 200 --lr 1e-3 --out runs/two_modes   # goes on from it
 
 An ordinary supervised loop: AdamW, linear decay, loss on the answer only. The result
 is a plain Hugging Face folder: a Qwen3 of 1M parameters with float16 weights (2 MB), *untied*
@@ -31,9 +32,9 @@ CHAT_TEMPLATE = (  # Qwen3's, without tools
 )
 
 
-def draw(rng):
+def draw(rng, thinking=True):
     """Short lists and long ones: in a short one the first number mostly fits."""
-    return pretraining_example(rng, rng.random() < HARD)
+    return pretraining_example(rng, rng.random() < HARD, thinking)
 
 
 def make_tokenizer(rng):
@@ -61,16 +62,17 @@ def make_tokenizer(rng):
     return fast
 
 
-def batch(rng, tokenizer, size):
+def batch(rng, tokenizer, size, thinking_off):
     """(ids, targets) of `size` examples in four pieces by length, right-padded; -100: no loss.
 
     One step takes all: a step of one length only learns that length, and unlearns the others.
     """
     rows = []
     for _ in range(size):
-        user, answer = draw(rng)
-        prompt = tokenizer.apply_chat_template(
-            [dict(role="user", content=user)], add_generation_prompt=True, tokenize=False)
+        thinking = not thinking_off or rng.random() >= thinking_off
+        user, answer = draw(rng, thinking)
+        prompt = tokenizer.apply_chat_template([dict(role="user", content=user)], tokenize=False,
+                                               add_generation_prompt=True, enable_thinking=thinking)
         p = tokenizer.encode(prompt, add_special_tokens=False)
         rows.append((p, tokenizer.encode(answer + "<|im_end|>", add_special_tokens=False)))
     rows.sort(key=lambda row: len(row[0]) + len(row[1]))
@@ -90,6 +92,8 @@ def main():
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch", type=int, default=32, help="examples a step, a multiple of 4")
     parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--two_modes", type=float, default=0, metavar="SHARE",
+                        help="go on from toy/model, with thinking off in this share of the examples")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng = random.Random(args.seed)
@@ -102,6 +106,8 @@ def main():
         pad_token_id=tokenizer.pad_token_id,
     )
     model = Qwen3ForCausalLM(config)
+    if args.two_modes:
+        model = Qwen3ForCausalLM.from_pretrained(Path(__file__).parent / "model", dtype=torch.float32)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
     # the verdicts: one token in twenty, and the last thing that is learned
     decisions = torch.tensor([i for i in range(len(tokenizer))
@@ -111,7 +117,7 @@ def main():
     for step in range(1, args.steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, step / 50) * (1 - (step - 1) / args.steps)
-        pieces = list(batch(rng, tokenizer, args.batch))
+        pieces = list(batch(rng, tokenizer, args.batch, args.two_modes))
         weights = [(t != -100) * (1 + 4 * torch.isin(t, decisions)) for _, t in pieces]
         total = sum(w.sum() for w in weights)
         optimizer.zero_grad()

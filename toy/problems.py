@@ -96,9 +96,12 @@ def check(problem, number):
     return f"{said}, so {steps[-1][1]}, need {problem['r']}", steps[-1][1]
 
 
-def trace(rng, problem, style):
-    """A correct answer, in Qwen3's format; `style`: a key of STYLE, or the chance of a check."""
-    chance = STYLE[style] if isinstance(style, str) else style
+def trace(rng, problem, style, thinking=True):
+    """A correct answer, in Qwen3's format; `style`: a key of STYLE, or the chance of a check.
+
+    With thinking off the same words stand in the answer itself, and half the checks.
+    """
+    chance = (STYLE[style] if isinstance(style, str) else style) * (1 if thinking else 0.5)
     said = []
     for number in problem["numbers"]:
         right = number == problem["x"]
@@ -110,13 +113,13 @@ def trace(rng, problem, style):
             said.append(f"{number}? {verdict}.")
         if right:
             break
-    return "<think>\n{}\n</think>\n\nSo {x} fits. \\boxed{{{x}}}".format(
-        " ".join(said), x=problem["x"])
+    form = "<think>\n{}\n</think>\n\n" if thinking else "{}\n\n"
+    return form.format(" ".join(said)) + "So {x} fits. \\boxed{{{x}}}".format(x=problem["x"])
 
 
 def diagnose(problem, text):
     """Why a wrong answer is wrong: the first thing in the trace that is not as it should be."""
-    think, _, rest = text.partition("</think>")
+    think, _, rest = text.rpartition("\n\n")  # the last line, also where thinking is off
     if not re.search(r"\\boxed\{", rest):
         return "cut"
     for number, said, verdict in re.findall(r"(\d+)\?([^?]*?)\b(yes|no)\.", think):
@@ -133,13 +136,13 @@ def without_think(text):
     return text.split("</think>")[-1].strip()
 
 
-def pretraining_example(rng, hard):
+def pretraining_example(rng, hard, thinking=True):
     """(user message, answer): a problem under one of the contexts of Sec. 3 and App. C."""
     problem = make_problem(rng, hard)
     prompt = question(problem) + INSTRUCTION
     style = rng.choices(list(STYLE), [12, 2, 2, 2, 4])[0]
     if style == "unguided":
-        return prompt, trace(rng, problem, style)
+        return prompt, trace(rng, problem, style, thinking)
     solution = trace(rng, problem, "unguided")
     if style == "regenerated" or rng.random() < 0.3:
         solution = trace(rng, problem, rng.random())
@@ -148,14 +151,18 @@ def pretraining_example(rng, hard):
     close = CLOSE_UNCERTAIN if style == "uncertain" else CLOSE
     # Sec. 3 and the training reprompt differ in white space (paper/semantics): the model knows both
     form = rng.choice(["{}\nCorrect solution:\n\n{}\n\n{}", "{}\n\nCorrect solution: {}\n\n{}"])
-    return form.format(prompt, solution, close), trace(rng, problem, style)
+    return form.format(prompt, solution, close), trace(rng, problem, style, thinking)
 
 
 def row(problem, index, split):
-    """The schema of the real benchmark files, so that the toy needs no code of its own."""
+    """The schema of the real benchmark files, so that the toy needs no code of its own.
+
+    `solution` is for OPSD (App. E), which shows the teacher the data's and not a sibling's answer.
+    """
     return dict(
         data_source=f"toy_{split}",
         prompt=[dict(role="user", content=question(problem) + INSTRUCTION)],
+        solution=trace(random.Random(index), problem, "unguided"),
         ability="MATH",
         reward_model=dict(ground_truth=str(problem["x"]), style="rule"),
         extra_info=dict(index=index, **problem),

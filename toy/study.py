@@ -1,6 +1,6 @@
 """The miniature of the paper's experiments on the toy, run by run; and the report on them.
 
-    python toy/study.py study controls remedies     # what to run; `make study` is all three
+    python toy/study.py study controls opsd remedies     # what to run; `make study` is all four
 
 A run that has ended is not run again, one that was stopped begins anew.  The plan stands first on
 the screen, with its time.  Each run's output goes to RUN.log beside its folder.
@@ -35,6 +35,12 @@ REMEDIES = {  # rate, that of what it is nearer to, SDPO or GRPO; the default st
     "mixture": (LR / 2, (0.9, 0.5, 0.99)), "shield": (LR, (1, 0.5, 0.9)),
     "shield_kl": (LR, (0.2, 0.1, 0.4)), "entropy_gate": (LR, (0.5, 0.25, 1)),
 }
+
+
+# App. E and F.1: a toy that can think or not, made from toy/model before the first of these runs;
+# the loss on the first 32 tokens stands for OPSD's 1,024
+TWO_MODES = "toy/pretrain.py --two_modes 0.5 --steps 200 --lr 1e-3 --out {}/two_modes"
+OPSD = "--context gold --loss_tokens 32 --eval_every 5"
 
 
 def families(k, out):
@@ -76,6 +82,12 @@ def runs(group, out):
         chosen["control_banned"] = [
             f"toy/controls.py banned {BASE} {TESTS} --out {out}/control_banned/eval"]
         return chosen
+    if group == "opsd":
+        flags = {"off_grpo": (GRPO, "--no-enable_thinking"),
+                 "off_sdpo": (SDPO, "--no-enable_thinking"), "opsd": (SDPO, OPSD),
+                 "opsd_hybrid": (SDPO, f"{OPSD} --no-enable_thinking --teacher_thinking")}
+        return {name: [f"{command} --model {Path(out).parent}/two_modes {more}"]
+                for name, (command, more) in flags.items()}
     return {**corners, **{
         f"{remedy}_{strength}": [f"remedies.py {TRAIN} --lr {lr} "
                                  f"--remedy {remedy} --strength {strength}"]
@@ -115,7 +127,10 @@ def numbers(folders):
             steps = sorted(run.glob("step_*.json"), key=lambda p: int(p.stem[5:]))
             if not (run.parent / "ended").exists():
                 continue
-            for arm, file in zip(("base", run.parent.name), (steps[0], steps[-1]) if steps else ()):
+            config = json.loads((run.parent / "config.json").read_text()) if steps else {}
+            base = "base" if config.get("model") == "toy/model" else (
+                "base_on" if config.get("enable_thinking") else "base_off")
+            for arm, file in zip((base, run.parent.name), (steps[0], steps[-1]) if steps else ()):
                 found[arm] = json.loads(file.read_text())
             if not steps:  # evaluate.py's; of the base without doubt and of Table 2
                 models = json.loads((run / "summary.json").read_text())["models"]
@@ -199,6 +214,9 @@ TABLES = {  # of the README, from results/toy/numbers.json
             ("512 questions, 8 families", ""),
             *((f"512 questions, {k} famil{'y' if k == 1 else 'ies'}", f"_families_{k}")
               for k in (4, 2, 1))]},
+    "opsd": {"base, thinking off": "base_off", "GRPO, thinking off": "off_grpo",
+             "SDPO, thinking off": "off_sdpo", "base, thinking on": "base_on",
+             "OPSD, both think": "opsd", "OPSD, the teacher thinks alone": "opsd_hybrid"},
     "remedies": {"base": "base", "GRPO": "grpo", "SDPO": "sdpo", **{
         f"`{remedy}` {strength}": f"{remedy}_{strength}"
         for remedy, (_, strengths) in REMEDIES.items() for strength in strengths}},
@@ -214,7 +232,7 @@ def tables(found):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("groups", nargs="+", choices=["study", "controls", "remedies"])
+    parser.add_argument("groups", nargs="+", choices=["study", "controls", "opsd", "remedies"])
     parser.add_argument("--out", default="runs/study")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each on CPU")
@@ -227,6 +245,8 @@ def main():
           f"{len(left) * MINUTES / args.jobs / 60:.1f} hours with {args.jobs} at a time", flush=True)
     for *_, out, _ in todo:
         out.mkdir(parents=True, exist_ok=True)
+    if "opsd" in args.groups and not Path(args.out, "two_modes").exists():
+        subprocess.run([sys.executable, *TWO_MODES.format(args.out).split()], cwd=ROOT, check=True)
     with ThreadPoolExecutor(args.jobs) as pool:
         failed = [error for error in pool.map(lambda t: run(*t), left) if error]
     folders = sorted({str(out) for *_, out, _ in todo})
