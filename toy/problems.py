@@ -99,9 +99,9 @@ def check(problem, number):
 def trace(rng, problem, style, thinking=True):
     """A correct answer, in Qwen3's format; `style`: a key of STYLE, or the chance of a check.
 
-    With thinking off the same words stand in the answer itself, and half the checks.
+    With thinking off the same words stand in the answer itself, and three quarters of the checks.
     """
-    chance = (STYLE[style] if isinstance(style, str) else style) * (1 if thinking else 0.5)
+    chance = (STYLE[style] if isinstance(style, str) else style) * (1 if thinking else 0.75)
     said = []
     for number in problem["numbers"]:
         right = number == problem["x"]
