@@ -402,7 +402,8 @@ def judged(found):
 FREQUENT = 25  # ours: the paper does not say what is frequent; its rarest variant has 25
 
 def token_kl(found):
-    for f in (f for f in found if f.token_kl):
+    with_kl = [f for f in found if f.token_kl]  # in training it is a mean over changing weights
+    for f in [f for f in with_kl if f.config.get("lr") == 0] or with_kl:
         tokens = sorted((t["kl"] / t["count"], t["count"], t["text"]) for t in f.token_kl.values()
                         if t["count"])[::-1]
         mean = fmean(frequent) if (frequent := [k for k, n, _ in tokens if n >= FREQUENT]) else 0

@@ -133,3 +133,14 @@ def test_numbers_are_means_over_seeds(tmp_path):
     found = study.numbers([tmp_path / "seed_0", tmp_path / "seed_1"])
     assert found["sdpo"]["ood"]["score"] == [0.6, round(0.02 ** 0.5, 4), 2]
     assert found["base"]["ood"]["score"] == [0.9, 0.0, 2]
+
+
+def test_token_kl_is_weighed_by_counts_over_seeds(tmp_path):
+    for seed, kl in enumerate([30.0, 90.0]):
+        folder = tmp_path / f"seed_{seed}/sdpo_untrained"
+        folder.mkdir(parents=True)
+        tokens = {5: dict(text=" Wait", kl=kl, count=30), 6: dict(text=" no", kl=0.0, count=30),
+                  7: dict(text=" rare", kl=9.0, count=1)}
+        (folder / "token_kl.json").write_text(json.dumps(tokens))
+    found = study.token_kl([tmp_path / "seed_0", tmp_path / "seed_1"])
+    assert found == {" Wait": [2.0, 60, 2.0], "mean of 2 tokens": [1.0, "", 1.0]}

@@ -19,6 +19,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))
+
+import epistemic
+
 STEPS, LR = 20, 1e-4  # of SDPO; GRPO takes half that rate
 BASE = "--max_response_tokens 320 --model toy/model"
 TRAIN = (f"{BASE} --num_questions 512 --questions_per_step 12 --minibatch_questions 12 "
@@ -66,6 +70,7 @@ def runs(group, out):
             "sdpo_uncertain": [f"{SDPO} --demonstration uncertain"],
             "sdpo_ema": [f"{SDPO} --ema 0.05"], "sdpo_top_k_20": [f"{SDPO} --top_k 20"],
             "sdpo_lr_tenth": [f"{SDPO} --lr {LR / 10}"],
+            "sdpo_untrained": [f"{SDPO} --lr 0 --steps 1"],  # Table 6
         }
         for method, command in (("grpo", GRPO), ("sdpo", SDPO)):
             for d in (1, 8, 64, 128):
@@ -189,6 +194,22 @@ def table_of_errors(found, arms):
                               + " |" for name, arm in arms.items() if arm in found])
 
 
+def token_kl(folders, frequent=25):
+    """Table 6, all seeds together: {variant: [mean KL, count, ratio to the mean of the frequent]}."""
+    seen = collections.defaultdict(lambda: [0.0, 0])
+    for file in (folder / "sdpo_untrained/token_kl.json" for folder in folders):
+        for token in json.loads(file.read_text()).values() if file.exists() else ():
+            seen[token["text"]][0] += token["kl"]
+            seen[token["text"]][1] += token["count"]
+    means = {text: [kl / n, n] for text, (kl, n) in seen.items() if n >= frequent}
+    if not means:
+        return {}
+    mean = fmean(kl for kl, _ in means.values())
+    rows = {text: [round(kl, 4), n, round(kl / mean, 2)] for text, (kl, n) in means.items()
+            if text.strip(" :,.").lower() in epistemic.MARKERS}
+    return rows | {f"mean of {len(means)} tokens": [round(mean, 4), "", 1.0]}
+
+
 TABLES = {  # of the README, from results/toy/numbers.json
     "controls": {
         "base": "base", "base, no marker is sampled": "control_banned", "SDPO": "sdpo",
@@ -227,7 +248,11 @@ def tables(found):
     """{name: Markdown}: what the README shows, of the numbers that there are."""
     texts = {name: table(found["arms"], arms, ("train",) if name == "contexts" else ("in", "ood"))
              for name, arms in TABLES.items()}
-    return texts | {"errors": table_of_errors(found["errors"], TABLES["controls"])}
+    kl = ["| token | mean KL | count | ratio |\n|---|---|---|---|", *(
+        f"| `{text}` | {kl:.3f} | {n} | {ratio:.1f} |"
+        for text, (kl, n, ratio) in sorted(found["token_kl"].items(), key=lambda row: -row[1][0]))]
+    return texts | {"errors": table_of_errors(found["errors"], TABLES["controls"]),
+                    "kl": "\n".join(kl)}
 
 
 def main():
@@ -253,7 +278,7 @@ def main():
     subprocess.run([sys.executable, "toy/controls.py", "errors", *folders], cwd=ROOT)
     subprocess.run([sys.executable, "report.py", *folders], cwd=ROOT)
     folders = [Path(folder) for folder in folders]
-    found = dict(arms=numbers(folders), errors=errors(folders))
+    found = dict(arms=numbers(folders), errors=errors(folders), token_kl=token_kl(folders))
     (Path(args.out) / "numbers.json").write_text(json.dumps(found, indent=1) + "\n")
     print("\n\n".join(f"{name}\n{text}" for name, text in tables(found).items()))
     sys.exit("\n".join(failed) if failed else 0)
