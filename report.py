@@ -264,8 +264,11 @@ def plane(axis, arms):
         color = "k" if corner else next(colors)
         points.sort(key=lambda p: float(p[0].rpartition("_")[2]) if len(points) > 1 else 0)
         axis.plot(*zip(*(xy for _, *xy in points)), color=color, marker="so"[not corner], ms=4, lw=1)
-        axis.annotate(name, points[0][1:], (4, 4), color=color, size=8, textcoords="offset points",
-                      weight="bold" if corner else "normal")
+        for i, (arm, *xy) in enumerate(points):
+            label = arm if i == 0 else arm.rpartition("_")[2]
+            axis.annotate(label, xy, (4, 4), color=color, size=8 - 2 * (i > 0),
+                          textcoords="offset points", weight="bold" if corner else "normal")
+    axis.margins(x=0.12)
     axis.set_ylim(0, 1)
     axis.figure.set_size_inches(7, 5)
 
@@ -339,10 +342,12 @@ def over_data(found, key, size, xlabel):
                 xlabel=xlabel, ylabel=UNITS.get(column.split()[-1], column))
 
 def score_against_length(found):
-    for (where, b), arms in last(found, "run").items():
-        if b != "training" and len(arms) > 3:
+    remedies = {f.name for f in found if "remedy" in f.config}
+    for (where, b), arms in last(found, "run").items() if remedies else ():
+        if b != "training":
             yield panel(f"{where}: {b}", plane, {
-                a: [p.values for p in seeds.values()] for a, seeds in arms.items()},
+                a: [p.values for p in seeds.values()] for a, seeds in arms.items()
+                if a in remedies | {"base", "grpo", "sdpo"}},
                 xlabel=UNITS["length"], ylabel=UNITS["score"])
 
 def families(config):
@@ -475,7 +480,7 @@ SECTIONS = (  # title, the files (in folders of a run, or a script's) that it is
      lambda config: config.get("num_questions"), "|D|, questions to train on"),
     ("Figure 8 over K task families", f"{DIFFER} data, families_K.jsonl", over_data, "data",
      families, "K, task families to train on"),
-    ("Score against length", "metrics.jsonl, eval/", score_against_length),
+    ("Remedies: score against length", "remedies.py's runs", score_against_length),
     ("Figures 4, 6, 19: acc@n, pass@n", f"{EVAL} summary.json of several steps", checkpoints),
     ("Figure 10: the words of several models", "answers of two untrained models", base_words),
     ("Figures 3d, 4d, 11, 16d: the words against the base", "answers of the base and after it",
