@@ -118,7 +118,7 @@ def errors(folders):
         for evaluation in sorted(folder.glob("*/eval")):
             steps = sorted(evaluation.glob("step_*.jsonl"), key=lambda p: int(p.stem[5:]))
             run = evaluation.parent.name
-            files = [("base", steps[0]), (run, steps[-1])] if steps else [
+            files = [(run, steps[-1])] + [("base", steps[0])] * (run == "sdpo") if steps else [
                 (run if file.parent.name == "model" else str(file.parent.relative_to(evaluation)),
                  file) for file in sorted(evaluation.rglob("*.jsonl"))]
             for arm, file in files:

@@ -231,7 +231,7 @@ TABLES = {  # of the README, from results/toy/numbers.json
                  "(4) regenerated": "context_regenerated", "(2) full solution": "context_full"},
     "coverage": {
         f"{method.upper()}, {what}": f"{method}{arm}" for method in ("grpo", "sdpo") for what, arm in [
-            *((f"{d} questions, 8 families", f"_{d}") for d in (1, 8, 64, 128)),
+            *((f"{d} question{'s'[:d - 1]}, 8 families", f"_{d}") for d in (1, 8, 64, 128)),
             ("512 questions, 8 families", ""),
             *((f"512 questions, {k} famil{'y' if k == 1 else 'ies'}", f"_families_{k}")
               for k in (4, 2, 1))]},
