@@ -35,7 +35,7 @@ sdpo := sdpo.py --num_questions 512 --lr $(SDPO_LR)
 
 .PHONY: demo study controls opsd remedies test quick test-kill
 demo: .venv/installed
-	@echo "Five contexts, SFT on two sets, GRPO and SDPO on a 1M-parameter model: about 10 minutes on"
+	@echo "Five contexts, SFT on two sets, GRPO and SDPO on a 1M-parameter model: about 6 minutes on"
 	@echo "two CPU cores. Then Tables 1 and 2, the curves, and a picture in runs/demo/report.png."
 	rm -rf runs/demo
 	$(MAKE) --no-print-directory -j $(JOBS) $(call ended,sdpo) runs/demo/sft/eval/summary.json \

@@ -527,12 +527,12 @@ def over_steps(found):
 
 def overview(path):
     """The first pictures as one."""
-    figure, axes = pyplot.subplots(3, 3, figsize=(14.4, 9.6), layout="constrained")
+    figure, axes = pyplot.subplots(3, 4, figsize=(19.2, 9.6), layout="constrained")
     for axis, png in zip(axes.flat, pictures.values()):
         axis.imshow(pyplot.imread(io.BytesIO(png)))
     for axis in axes.flat:
         axis.axis("off")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=90)
 
 def main():
     parser = argparse.ArgumentParser(description="Every table and figure of finished runs.")
