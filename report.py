@@ -308,8 +308,10 @@ def alike(arms, key):
             if len({str(c.get(key)) for c in g.values()}) > 1]
 
 def compared(found, key):
+    def named(value):
+        return f"{value:.2g}" if isinstance(value, float) else value
     return [image for model, arms in configs(found).items() for group in alike(arms, key) for image
-            in curves(found, model, {a: f"{c.get(key)} ({a})" for a, c in group.items()}, key)]
+            in curves(found, model, {a: f"{named(c.get(key))} ({a})" for a, c in group.items()}, key)]
 
 def all_runs(found, *flags):
     """Eight arms a picture at most; of those that differ in |D| alone the one with the most."""
@@ -336,8 +338,10 @@ def over_data(found, key, size, xlabel):
                     for column, (y, _) in row.items():
                         series[column][min(group, key=len), seed][size(c)] = y
         for column, of in series.items():
-            draw = functools.partial(lines, sizes=sorted(set().union(*of.values())))
-            yield panel(f"{model}: {column} at the end", draw, {
+            sizes = sorted(set().union(*of.values()))
+            if len(sizes) < 2:
+                continue
+            yield panel(f"{model}: {column} at the end", functools.partial(lines, sizes=sizes), {
                 name: [s for (n, _), s in of.items() if n == name] for name, _ in of},
                 xlabel=xlabel, ylabel=UNITS.get(column.split()[-1], column))
 
@@ -375,8 +379,8 @@ def against_base(found, draw, measure, xlabel):
             pairs = [(base[s].digest, p.digest) for s, p in seeds.items() if s in base]
             if pairs := [pair for pair in pairs if pair[0][0] and pair[1][0]]:
                 data[arm] = measure(pairs)
-        if data:
-            yield panel(f"{where}: {b}", draw, data, xlabel=xlabel)
+        for i in range(0, len(data), 8):
+            yield panel(f"{where}: {b}", draw, dict([*data.items()][i:i + 8]), xlabel=xlabel)
 
 def marker_shifts(pairs):
     return [{w: new[0][w] - base[0][w] for w in base[0]} for base, new in pairs]
