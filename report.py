@@ -348,7 +348,7 @@ def over_data(found, key, size, xlabel):
 def score_against_length(found):
     remedies = {f.name for f in found if "remedy" in f.config}
     for (where, b), arms in last(found, "run").items() if remedies else ():
-        if b != "training":
+        if b != "training" and remedies & arms.keys():
             yield panel(f"{where}: {b}", plane, {
                 a: [p.values for p in seeds.values()] for a, seeds in arms.items()
                 if a in remedies | {"base", "grpo", "sdpo"}},
