@@ -194,6 +194,12 @@ def table_of_errors(found, arms):
                               + " |" for name, arm in arms.items() if arm in found])
 
 
+def commits(folders):
+    """{commit: how many of the training runs it made}, as they say themselves."""
+    configs = [json.loads(p.read_text()) for f in folders for p in sorted(f.glob("*/config.json"))]
+    return dict(collections.Counter(c["commit"][:7] for c in configs if c.get("commit")))
+
+
 def token_kl(folders, frequent=25):
     """Table 6, all seeds together: {variant: [mean KL, count, ratio to the mean of the frequent]}."""
     seen = collections.defaultdict(lambda: [0.0, 0])
@@ -278,7 +284,7 @@ def main():
     subprocess.run([sys.executable, "toy/controls.py", "errors", *folders], cwd=ROOT)
     subprocess.run([sys.executable, "report.py", *folders], cwd=ROOT)
     folders = [Path(folder) for folder in folders]
-    found = dict(arms=numbers(folders), errors=errors(folders), token_kl=token_kl(folders))
+    found = dict(commits=commits(folders), arms=numbers(folders), errors=errors(folders), token_kl=token_kl(folders))
     (Path(args.out) / "numbers.json").write_text(json.dumps(found, indent=1) + "\n")
     print("\n\n".join(f"{name}\n{text}" for name, text in tables(found).items()))
     sys.exit("\n".join(failed) if failed else 0)
