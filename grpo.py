@@ -1,42 +1,40 @@
 """GRPO, reinforcement learning from right and wrong alone: Sec. 5 and Table 9 of the paper.
 
-The baseline of self-distillation: the same rollouts, the same verifier, no teacher. One step:
-  1. the policy answers each question x with a group of n rollouts y
+The baseline of self-distillation: the same rollouts and verifier, no teacher. One step:
+  1. the policy answers each question x with a group of n rollouts y (vLLM)
   2. the verifier grades every rollout: reward 1 if correct, else 0
   3. advantage A = reward - mean reward of the group
   4. loss per token: max( -A ratio, -A clip(ratio, 1 - 0.2, 1 + 0.28) ), ratio = p / p_old
-  5. AdamW; the new weights go into vLLM
+  5. AdamW; vLLM gets the new weights
 
-    torchrun --nproc_per_node 8 grpo.py --model Qwen/Qwen3-8B        # the paper's run
-    make demo                                                        # a small one, on two CPU cores
+    torchrun --nproc_per_node 8 grpo.py --model Qwen/Qwen3-8B       # the paper's run, Figure 4
 
-What a reader of the GRPO paper would not expect (all as in the authors' code, commit 5c51051 of
+The same command again resumes the run in --run_dir from its newest checkpoint.
+
+What the GRPO paper does not show, all as in the authors' code (5c51051 of
 github.com/beanie00/self-distillation-analysis):
   - the advantage is not divided by the group's standard deviation, and there is no KL term
-  - the upper clip is wider than the lower, and a wrong rollout's loss stops at 3 |A| (dual clip)
-  - p_old is the trainer's own log-probability at the step's start; what vLLM says differs a little,
-    and a second importance weight, cut at 2, makes up for it
-  - the loss is the mean over sequences of each one's token mean; a group that is all right or all
-    wrong adds 0 and still counts
-Where we differ from their code: warm-up gives the first step a tenth of the rate (theirs 0).
+  - the upper clip is wider than the lower; a wrong rollout's loss stops at 3 |A| (dual clip)
+  - p_old is the trainer's own log-probability at the step's start; a second importance weight, cut
+    at 2, corrects for vLLM's being a little different
+  - the loss is the mean over sequences of each one's mean over tokens; a group that is all right or
+    all wrong adds 0 to it and counts
+Unlike their code: warm-up starts at a tenth of the rate (theirs: 0).
 
-Watch: score rises slowly, length and epistemic stay or grow with it; out of distribution, in eval/,
-too. `trained` is the share of rollouts whose group has both right and wrong: the others carry no
-signal, and cost no time. `mismatch` (trainer against vLLM) stays flat: 1e-6 in float32.
-
-The paper ends with main(). After it: logging, vLLM, memory, checkpoints; read them when needed.
+Watch: score rises slowly, length and epistemic stay or grow, in the out-of-distribution evaluation
+(eval/), too. `trained` is the share of rollouts whose group has both right and wrong answers;
+`mismatch`, trainer against vLLM, stays flat: 1e-6 in float32, 1e-2 in bfloat16.
 """
 import argparse
-import contextlib
 import itertools
 import json
 import logging
 import math
 import os
 import random
+import re
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -44,109 +42,93 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 import epistemic
 from verifier import Verifier, load_questions
 
 # --- arguments -----------------------------------------------------------------------------------
 
-def parse_args(argv=None):
+def number(kind, low, high=math.inf):
+    """A type for argparse: an int or a float from low to high."""
+    def number(text):
+        if not low <= kind(text) <= high:  # refuses nan, too
+            raise argparse.ArgumentTypeError(f"{text} does not lie between {low} and {high}")
+        return kind(text)
+    return number
+
+def make_parser():
     parser = argparse.ArgumentParser(
         description="GRPO (Sec. 5). The defaults are the paper's run; (ours) marks the others.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error, switch = fail, argparse.BooleanOptionalAction
-    add = parser.add_argument_group("model and data").add_argument
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter, usage=argparse.SUPPRESS)
+    add, switch = parser.add_argument, argparse.BooleanOptionalAction
+    count, share = number(int, 1), number(float, 0, 1)
     add("--model", required=True, help="hub id or Hugging Face folder")
-    add("--data", default="dapo", help="dapo, a hub id, or a .parquet/.json/.jsonl file")
-    add("--num_questions", type=int, help="|D| of Sec. 6.2, drawn by --seed (default: all)")
+    add("--data", default="dapo", help="dapo, a hub id, or a .parquet, .json or .jsonl file")
+    add("--num_questions", type=count, help="|D| of Sec. 6.2, drawn by --seed; default: all")
     add("--enable_thinking", action=switch, default=True, help="for Qwen3's chat template")
-    add = parser.add_argument_group("rollout (Table 8)").add_argument
-    add("--questions_per_step", type=int, default=256, help="Sec. 6.2: 64")
-    add("--rollouts", type=int, default=8, help="answers to a question: its group")
-    add("--temperature", type=float, default=1.0, help="of sampling; the loss uses the same")
-    add("--max_prompt_tokens", type=int, default=2048, help="longer prompts are left out")
-    add("--max_response_tokens", type=int, default=20480, help="longer answers are cut")
-    add = parser.add_argument_group("loss (Table 9)").add_argument
-    add("--clip_low", type=float, default=0.2, help="ratio's lower bound is 1 - this")
-    add("--clip_high", type=float, default=0.28, help="ratio's upper bound is 1 + this")
-    add = parser.add_argument_group("optimisation (Tables 8 and 9)").add_argument
-    add("--steps", type=int, default=100, help="rounds of rollout and update (authors' code)")
-    add("--minibatch_questions", type=int, default=128, help="questions an update")
-    add("--lr", type=float, default=1e-6, help="learning rate after the warm-up, constant")
-    add("--warmup_steps", type=int, default=10, help="steps in which the rate rises in a line")
-    add = parser.add_argument_group("memory (ours)").add_argument
-    add("--tokens_per_micro_batch", type=int, default=24576, help="padded; a longer one goes alone")
-    add("--recompute_layers", action=switch, default=True, help="without: faster, more memory")
-    add("--offload_optimizer", action=switch, default=True, help="AdamW's state in CPU memory")
-    add("--gpu_memory_utilization", type=float, default=0.7, help="vLLM's share, while it samples")
-    add = parser.add_argument_group("run").add_argument
-    add("--run_dir", default="runs/grpo", help="a new folder")
-    add("--seed", type=int, default=0, help="of data order and sampling")
+    add("--questions_per_step", type=count, default=256, help="Table 8; Sec. 6.2: 64")
+    add("--rollouts", type=number(int, 2), default=8, help="answers to each question: a group")
+    add("--temperature", type=number(float, 0.01), default=1.0, help="of sampling and of the loss")
+    add("--max_prompt_tokens", type=count, default=2048, help="longer prompts are dropped")
+    add("--max_response_tokens", type=count, default=20480, help="longer answers are cut")
+    add("--clip_low", type=share, default=0.2, help="the ratio's lower bound is 1 - this (Table 9)")
+    add("--clip_high", type=share, default=0.28, help="its upper bound is 1 + this (Table 9)")
+    add("--steps", type=count, default=100, help="of rollout and update (authors' code)")
+    add("--minibatch_questions", type=count, default=128, help="per optimizer step; Sec. 6.2: 32")
+    add("--lr", type=share, default=1e-6, help="learning rate, constant after the warm-up")
+    add("--warmup_steps", type=number(int, 0), default=10, help="steps of linear warm-up")
+    add("--tokens_per_micro_batch", type=count, default=24576, help="(ours) padding included")
+    add("--recompute_layers", action=switch, default=True, help="(ours) without: faster, bigger")
+    add("--gpu_memory_utilization", type=share, default=0.7, help="(ours) vLLM's while it samples")
+    add("--run_dir", default="runs/grpo", help="a new folder, or a run to resume")
+    add("--seed", type=number(int, 0), default=0, help="of data order and rollouts")
     add("--eval_data", nargs="*", default=["aime24"], help="or aime25 amc23 math500, ids, files")
-    add("--eval_rollouts", type=int, default=1, help="answers to a question (authors' code)")
-    add("--eval_every", type=int, default=10, help="steps; also before the first, after the last")
-    add("--save_every", type=int, default=10, help="steps; also after the last")
-    add("--resume", action="store_true", help="go on from --run_dir's newest checkpoint that loads")
-    add("--wandb", action="store_true", help="the metrics to Weights & Biases, where installed")
-    return with_flags_of_the_run(parser, argv)
+    add("--save_every", type=count, default=10, help="steps between checkpoints with evaluation")
+    add("--wandb", action="store_true", help="metrics to Weights & Biases, too")
+    return parser
 
 def check_args(args):
-    for name, value in vars(args).items():
-        if type(value) is int and value < 1 and name not in ("seed", "warmup_steps"):
-            fail(f"--{name} {value} must be at least 1")
-    for name in ("clip_low", "clip_high", "lr", "gpu_memory_utilization"):
-        if not 0 <= getattr(args, name) <= 1:
-            fail(f"--{name} {getattr(args, name)} must lie between 0 and 1")
-    if args.temperature <= 0:
-        fail(f"--temperature {args.temperature} must be above 0: a group needs varied rollouts")
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    for divisor, of in ((args.minibatch_questions, "--minibatch_questions"), (ranks, "the ranks")):
-        if args.questions_per_step % divisor:
-            fail(f"{of}, {divisor}, must divide --questions_per_step {args.questions_per_step}")
-    names = [Path(source).stem for source in args.eval_data]
-    if len(set(names)) < len(names):
-        fail(f"--eval_data: two benchmarks have one name ({' '.join(names)})")
+    for parts in (args.minibatch_questions, int(os.environ.get("WORLD_SIZE", 1))):
+        if args.questions_per_step % parts:
+            raise ValueError(f"--questions_per_step {args.questions_per_step} is not divisible by "
+                             f"{parts} (it must be by --minibatch_questions and by the ranks)")
+    if len({Path(source).stem for source in args.eval_data}) < len(args.eval_data):
+        raise ValueError(f"--eval_data: two benchmarks have one name ({' '.join(args.eval_data)})")
 
 # --- prompts -------------------------------------------------------------------------------------
 
 def render(tokenizer, messages, enable_thinking):
-    """Token ids of a chat up to where the model speaks (Table 12); the template writes any BOS."""
+    """Token ids of a chat up to where the answer begins (Table 12); the template writes any BOS."""
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
                                          enable_thinking=enable_thinking)
     return tokenizer.encode(text, add_special_tokens=False)
 
-def with_prompts(source, tokenizer, args):
-    """load_questions, each with its prompt_ids; those over --max_prompt_tokens left out."""
-    try:
-        questions = load_questions(source)
-    except ValueError as error:
-        fail(error)
+def read_questions(source, tokenizer, args):
+    """load_questions, each with its prompt_ids; drops prompts over --max_prompt_tokens."""
+    questions = load_questions(source)
     for q in questions:
         q["prompt_ids"] = render(tokenizer, q["messages"], args.enable_thinking)
     kept = [q for q in questions if len(q["prompt_ids"]) <= args.max_prompt_tokens]
+    say(f"{source}: {len(kept):,} of {len(questions):,} prompts fit --max_prompt_tokens")
     if not kept:
-        fail(f"{source}: all {len(questions)} prompts are longer than --max_prompt_tokens "
-             f"{args.max_prompt_tokens}")
-    if len(kept) < len(questions):
-        say(f"{source}: {len(questions) - len(kept):,} of {len(questions):,} prompts left out")
+        raise ValueError(f"{source}: no prompt fits --max_prompt_tokens {args.max_prompt_tokens}")
     return kept
 
-def choose_questions(questions, num_questions, seed):
-    """Sec. 6.2's question set of size |D|; by one seed, a smaller set lies within a larger."""
-    if num_questions and num_questions > len(questions):
-        fail(f"--num_questions {num_questions}: the data has {len(questions):,}")
-    return random.Random(seed).sample(questions, len(questions))[:num_questions]
+def choose_questions(questions, args):
+    """Sec. 6.2's question set of size |D|: with one seed, a smaller set is part of a larger."""
+    if (args.num_questions or 0) > len(questions):
+        raise ValueError(f"--num_questions {args.num_questions}: the data has {len(questions):,}")
+    return random.Random(args.seed).sample(questions, len(questions))[: args.num_questions]
 
 def question_stream(questions, seed):
-    """Shuffled epoch after epoch, without end; a small set repeats within a step (Sec. 6.2)."""
+    """Endless: shuffled anew every epoch. A small set repeats within a step (Sec. 6.2)."""
     rng = random.Random(seed)
     while True:
         yield from rng.sample(questions, len(questions))
@@ -154,49 +136,50 @@ def question_stream(questions, seed):
 # --- loss ----------------------------------------------------------------------------------------
 
 def group_advantages(rewards):
-    """Reward minus the group's mean, (n,) -> (n,); 0 throughout if all are right, or all wrong.
+    """Reward minus the group's mean, (n,) -> (n,); all 0 if all are right, or all wrong.
 
-    Not divided by the standard deviation (authors' code): that would weigh a group with one
-    success of eight as much as one with four.
+    Not divided by the standard deviation (authors' code): a group with one success of eight would
+    weigh as much as one with four.
     """
     mean = sum(rewards) / len(rewards)
     return [reward - mean for reward in rewards]
 
 def policy_loss(logprobs, old_logprobs, advantages, clip_low, clip_high):
-    """PPO's loss and whether its clip holds back the gradient, (N,) each.
+    """(PPO's loss, whether the clip changes it), (N,) each.
 
-    max( -A ratio, -A clip(ratio, 1 - low, 1 + high) ), and for A < 0 at most 3 |A|: a wrong token
-    that has become much likelier would otherwise outweigh the batch (dual clip, c = 3).
+    max( -A ratio, -A clip(ratio, 1 - low, 1 + high) ), and for A < 0 at most 3 |A|: else a wrong
+    token that has become much more likely would outweigh the batch (dual clip, c = 3).
     """
     ratio = (logprobs - old_logprobs).clamp(-20, 20).exp()
-    free = -advantages * ratio
-    loss = torch.maximum(free, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high))
+    unclipped = -advantages * ratio
+    loss = torch.maximum(unclipped, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high))
     loss = torch.where(advantages < 0, torch.minimum(loss, -3.0 * advantages), loss)
-    return loss, loss != free
+    return loss, loss != unclipped
 
-CHUNK = 512  # positions through the LM head at once: 512 x 151,936 float32 logits are 0.3 GB
+CHUNK = 512  # positions at once in the LM head: 512 x 151,936 float32 logits are 0.3 GB
+
+def logprobs_at(hidden, head, ids, temperature):
+    """log p of token ids (C, k) after hidden states (C, D), of the full softmax: (C, k) float32."""
+    logits = head(hidden).float().div_(temperature)  # (C, V)
+    return logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)
 
 def token_logprobs(hidden, head, targets, temperature):
-    """log p(target) at each of N positions, (N,) float32, never holding (N, V).
+    """log p(target) at N positions, (N,) float32; hidden (N, D) predict targets (N,).
 
-    hidden (N, D) holds the states that predict targets (N,). The logits of a chunk live while it
-    is computed, and are made again in backward.
+    (N, V) never exists: `checkpoint` drops a chunk's logits after its forward and computes them
+    again in backward.
     """
-    def chunk(h, y):
-        logits = head(h).float().div_(temperature)  # (C, V)
-        return logits.gather(-1, y[:, None]).squeeze(-1) - logits.logsumexp(-1)
-    parts = zip(hidden.split(CHUNK), targets.split(CHUNK))
-    return torch.cat([checkpoint(chunk, *part, use_reentrant=False) for part in parts])
+    def chunk(hidden, target):
+        return logprobs_at(hidden, head, target[:, None], temperature)[:, 0]
+    chunks = zip(hidden.split(CHUNK), targets.split(CHUNK))
+    return torch.cat([checkpoint(chunk, *parts, use_reentrant=False) for parts in chunks])
 
 def importance_weight(logprobs, old_logprobs):
     """min(p / p_old, 2) per token, detached: truncated importance sampling (Table 9: clip 2)."""
     return (logprobs - old_logprobs).clamp(-20, 20).exp().clamp(max=2.0).detach()
 
 def set_loss_weights(minibatch):
-    """Weight of each token in the loss: 1 / (sequences x its sequence's tokens); 0 without signal.
-
-    The whole mini-batch counts, over all ranks: two ranks give the gradient of one.
-    """
+    """Weight of each token: 1 / (sequences x tokens of its sequence); 0 without an advantage."""
     for r in minibatch:
         r.weight = 1 / (len(minibatch) * len(r.response_ids)) if r.advantage else 0.0
 
@@ -207,596 +190,517 @@ class Rollout:
     row: int  # of the step's batch: the rollouts of one row are a group
     prompt_ids: list
     response_ids: list  # as vLLM sampled them: text is never encoded again
-    logprobs: np.ndarray  # (T,) vLLM's own, temperature included
+    logprobs: list  # (T,) vLLM's own, temperature included
     text: str
-    finished: bool  # by itself, not cut at max_response_tokens
-    reward: float = 0.0
-    advantage: float = 0.0  # 0: its group is all right or all wrong, nothing to learn from
-    weight: float = 0.0  # of each of its tokens in the loss; 0: it does not count
-    old_logprobs: torch.Tensor | None = None  # (T,) the trainer's at the step's start; None: as now
+    finished: bool  # False: cut at --max_response_tokens
+    reward: float  # 1 correct, 0 not
+    advantage: float = 0.0  # 0: its group is all right or all wrong
+    weight: float = 0.0  # of each of its tokens in the loss
+    old_logprobs: torch.Tensor | None = None  # (T,) the trainer's at the step's start
 
     def tokens(self):
         return len(self.prompt_ids) + len(self.response_ids)
 
-def generate(llm, questions, n, seed, max_tokens, **sampling):
-    """n rollouts for each question: a list of groups, in the order of the questions."""
-    from transformers import set_seed
-    from vllm import SamplingParams
-    # No seed a request: that crashes on CPU. The global ones repeat bit for bit: vLLM's older model
-    # runner draws from torch's, the newer one (on GPUs) from NumPy's, and this sets both.
-    set_seed(seed)
-    llm.reset_prefix_cache()  # nor may what was computed before show in the last bit (--resume)
-    params = SamplingParams(n=n, max_tokens=max_tokens, logprobs=0, flat_logprobs=True, **sampling)
-    prompts = [dict(prompt_token_ids=q["prompt_ids"]) for q in questions]
-    outputs = llm.generate(prompts, params, use_tqdm=False)
-    return [[Rollout(row, q["prompt_ids"], list(o.token_ids), np.float32(o.logprobs.logprobs),
-                     o.text, o.finish_reason == "stop") for o in output.outputs]
-            for row, (q, output) in enumerate(zip(questions, outputs))]
-
-def grade(verifier, groups, questions, **how):
-    """All rollouts of the groups, each with its reward: 1 correct, 0 not."""
-    rollouts = [r for group in groups for r in group]
-    golds = [q["answer"] for q, group in zip(questions, groups) for _ in group]
-    for r, reward in zip(rollouts, verifier.verify([r.text for r in rollouts], golds, **how)):
-        r.reward = reward
-    return rollouts
-
-def sample_groups(llm, verifier, questions, first_row, step, args):
-    """This rank's rollouts of a step, each with its reward and its advantage."""
-    groups = generate(llm, questions, args.rollouts, hash((args.seed, step, first_row)) % 2**31,
-                      args.max_response_tokens, temperature=args.temperature)
-    rollouts = grade(verifier, groups, questions)
-    for row, group in enumerate(groups, first_row):
+def sample_groups(llm, verifier, questions, step, args):
+    """The step's graded rollouts, each with its advantage. Each rank samples its share."""
+    share = len(questions) // dist.get_world_size()
+    first_row, rollouts = dist.get_rank() * share, []
+    mine = questions[first_row : first_row + share]
+    groups = generate(llm, verifier, mine, hash((args.seed, step, first_row)) % 2**31,
+                      n=args.rollouts, temperature=args.temperature,
+                      max_tokens=args.max_response_tokens, logprobs=0, flat_logprobs=True)
+    for row, (question, outputs) in enumerate(zip(mine, groups), first_row):
+        group = [Rollout(row, question["prompt_ids"], list(o.token_ids), o.logprobs.logprobs,
+                         o.text, o.finish_reason == "stop", o.reward) for o in outputs]
         for r, advantage in zip(group, group_advantages([r.reward for r in group])):
-            r.row, r.advantage = row, advantage
-    return rollouts
+            r.advantage = advantage
+        rollouts += group
+    return exchange(rollouts)
 
 # --- update --------------------------------------------------------------------------------------
 
-def micro_batches(rollouts, token_budget):
-    """Neighbours in length together, as many as fit the budget once padded to the longest."""
-    batches = []
+def my_micro_batches(rollouts, token_budget):
+    """This rank's micro-batches: similar lengths together, as many as fit the budget once padded.
+
+    Every world_size-th, so that all ranks have similar lengths. All need the same number: the last
+    ranks may get a copy with weight 0.
+    """
+    batches, ranks = [], dist.get_world_size()
     for r in sorted(rollouts, key=lambda r: r.tokens()):
         if batches and (len(batches[-1]) + 1) * r.tokens() <= token_budget:
             batches[-1].append(r)
         else:
             batches.append([r])
-    return batches
+    batches += [[replace(batches[0][0], weight=0.0)]] * (-len(batches) % ranks)
+    return batches[dist.get_rank() :: ranks]
 
-def my_micro_batches(rollouts, token_budget):
-    """This rank's micro-batches: every world_size-th, so that all ranks have the same lengths.
+def split_into_minibatches(rollouts, args):
+    """This rank's micro-batches of each mini-batch; rollouts without a loss are left out."""
+    minibatches = []
+    for first in range(0, args.questions_per_step, args.minibatch_questions):
+        minibatch = [r for r in rollouts if first <= r.row < first + args.minibatch_questions]
+        set_loss_weights(minibatch)
+        trained = [r for r in minibatch if r.weight]
+        if trained:
+            minibatches.append(my_micro_batches(trained, args.tokens_per_micro_batch))
+    return minibatches
 
-    Where the number does not divide, the last ranks get a rollout of weight 0.
-    """
-    batches = micro_batches(rollouts, token_budget)
-    batches += [[replace(batches[0][0], weight=0.0)]] * (-len(batches) % dist.get_world_size())
-    return batches[dist.get_rank() :: dist.get_world_size()]
-
-def response_hidden(model, prompts, responses, device):
+def response_hidden(model, prompts, responses):
     """Last hidden states that predict the response tokens, (N, D), sequence by sequence.
 
-    Padded on the right, and no attention mask: under causal attention no real token sees the
-    padding after it, so that the fast kernel applies.
+    Padded on the right, without an attention mask: causal attention keeps real tokens from seeing
+    the padding after them, and the fast kernel applies.
     """
     sequences = [torch.tensor([*p, *y]) for p, y in zip(prompts, responses)]
-    ids = pad_sequence(sequences, batch_first=True).to(device)  # (B, T)
+    ids = pad_sequence(sequences, batch_first=True).to(model.device)  # (B, T)
     hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
     return torch.cat([h[len(p) - 1 : len(p) + len(y) - 1]  # position t predicts token t + 1
                       for h, p, y in zip(hidden, prompts, responses)])
 
 class Student(torch.nn.Module):
-    """What DDP wraps: backbone and head in one forward, so that its hooks see them all."""
+    """What DDP wraps: backbone and LM head in one forward, so that its hooks see them all."""
 
-    def __init__(self, model, args, device):
+    def __init__(self, model, args):
         super().__init__()
-        self.model, self.args, self.device = model, args, device
+        self.model, self.args = model, args
 
     def forward(self, micro_batch):
         """Log-probabilities of a micro-batch's response tokens, (N,)."""
-        prompts, responses = zip(*((r.prompt_ids, r.response_ids) for r in micro_batch))
-        targets = torch.tensor([t for y in responses for t in y], device=self.device)
-        hidden = response_hidden(self.model, prompts, responses, self.device)
-        return token_logprobs(hidden, self.model.get_output_embeddings(), targets,
-                              self.args.temperature)
+        responses = [r.response_ids for r in micro_batch]
+        hidden = response_hidden(self.model, [r.prompt_ids for r in micro_batch], responses)
+        targets = torch.tensor([t for y in responses for t in y], device=hidden.device)
+        head = self.model.get_output_embeddings()
+        return token_logprobs(hidden, head, targets, self.args.temperature)
 
 def remember_logprobs(student, micros):
-    """Sets old_logprobs of the micro-batches' rollouts: the trainer's, under the weights as now."""
+    """Sets old_logprobs: the trainer's log-probabilities under the weights as they are now."""
     for micro_batch in micros:
         with torch.no_grad():
             logprobs = student(micro_batch)
         for r, part in zip(micro_batch, logprobs.split([len(r.response_ids) for r in micro_batch])):
             r.old_logprobs = part
 
-ROUND = 32  # micro-batches whose gradients are added up before an all-reduce: see MasterAdamW.fold
+# Micro-batches between two all-reduces. bfloat16 has 8 bits: the gradients of 683 micro-batches
+# added one by one came out 18% wrong, in rounds of 32 0.7% (benchmarks/README.md).
+ROUND = 32
 
-def backward(ddp, optimizer, micros):
-    """Leaves the mini-batch's gradient, over all ranks, in the optimizer.
+DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32  # weights, gradients, vLLM
+# Mean |log p_vllm - log p_trainer| a token, measured: 1e-6 in float32; 1e-2 in bfloat16, there with
+# random weights 0.06; where vLLM kept an old LM head 0.2.
+MISMATCH_LIMIT = 1e-3 if DTYPE == torch.float32 else 0.1
 
-    `micros` are this rank's micro-batches; returns the statistics of every rank's. Each token has
-    three log-probabilities: vLLM's, when it was sampled; `old`, the trainer's at the step's start,
-    under the same weights; and the trainer's now.
+def update(ddp, optimizer, rollouts, lr):
+    """One optimizer step a mini-batch; returns the metrics. Every rank holds all rollouts.
+
+    A token has three log-probabilities: vLLM's, when it sampled; `old`, the trainer's at the step's
+    start, under the same weights; and the trainer's now.
     """
-    args, device, stats = ddp.module.args, ddp.module.device, []
-    for i, micro_batch in enumerate(micros, 1):
-        vllm = torch.tensor(np.concatenate([r.logprobs for r in micro_batch]), device=device)
-        weight, advantage = torch.tensor(
-            [(r.weight, r.advantage) for r in micro_batch for _ in r.logprobs], device=device).T
-        last = i % ROUND == 0 or i == len(micros)
-        with contextlib.nullcontext() if last else ddp.no_sync():
+    args, device = ddp.module.args, ddp.module.model.device
+    minibatches = split_into_minibatches(rollouts, args)
+    # the first update starts from the step's own weights; for the later ones they are remembered
+    remember_logprobs(ddp.module, itertools.chain(*minibatches[1:]))
+    norms, mismatch_max = [], torch.zeros((), device=device)
+    sums = torch.zeros(4, dtype=torch.float64)  # of all ranks: loss, tokens, mismatch, clipped
+    bar = progress(total=sum(map(len, minibatches)), desc="update", unit="micro-batch")
+    for micros in minibatches:
+        mine = torch.zeros_like(sums, device=device)
+        for i, micro_batch in enumerate(micros, 1):
+            vllm = torch.tensor([p for r in micro_batch for p in r.logprobs], device=device)
+            weight = torch.tensor([r.weight for r in micro_batch for _ in r.logprobs]).to(device)
+            advantage = [r.advantage for r in micro_batch for _ in r.logprobs]
+            advantage = torch.tensor(advantage, device=device)
+            ddp.require_backward_grad_sync = i % ROUND == 0 or i == len(micros)
             logprobs = ddp(micro_batch)  # (N,)
             old = [r.old_logprobs for r in micro_batch]
             old = logprobs.detach() if old[0] is None else torch.cat(old)
             loss, clipped = policy_loss(logprobs, old, advantage, args.clip_low, args.clip_high)
             correction = importance_weight(old, vllm)
             loss = (loss * correction * weight).sum()
-            (loss * dist.get_world_size()).backward()  # DDP takes the mean of what is a sum
-        if last:
-            optimizer.fold()
-        counts = weight > 0
-        gap, clipped = counts * (old - vllm).abs(), counts & (clipped | (correction >= 2))
-        stats.append(dict(loss=loss.item(), tokens=counts.sum().item(), gap=gap.sum().item(),
-                          gap_max=gap.max().item(), clipped=clipped.sum().item()))
-    return exchange(stats)
-
-def update(ddp, optimizer, rollouts, lr):
-    """One optimizer step a mini-batch; returns the metrics. Every rank holds all the rollouts."""
-    student, args, minibatches = ddp.module, ddp.module.args, []
-    for first in range(0, args.questions_per_step, args.minibatch_questions):
-        rows = range(first, first + args.minibatch_questions)
-        minibatch = [r for r in rollouts if r.row in rows]
-        set_loss_weights(minibatch)
-        trained = [r for r in minibatch if r.weight]
-        if trained:  # else every group is all right or all wrong: no time spent
-            minibatches.append(my_micro_batches(trained, args.tokens_per_micro_batch))
-    # the first update starts from the step's own weights; the later ones have to remember them
-    remember_logprobs(student, itertools.chain(*minibatches[1:]))
-    stats, norms = [], []
-    for micros in minibatches:
-        optimizer.zero_grad()
-        stats += backward(ddp, optimizer, micros)
-        check_engine(stats, student.device)
+            (loss * dist.get_world_size()).backward()  # DDP takes the mean over ranks, not the sum
+            if ddp.require_backward_grad_sync:
+                optimizer.add_gradients()
+            counts, gap = weight > 0, (old - vllm).abs() * (weight > 0)
+            clipped = counts & (clipped | (correction >= 2))
+            mine += torch.stack([loss.detach().double(), counts.sum(), gap.sum(), clipped.sum()])
+            mismatch_max = torch.maximum(mismatch_max, gap.max())
+            bar.update()
+        dist.all_reduce(mine)
+        sums += mine.cpu()
+        if sums[2] > MISMATCH_LIMIT * sums[1]:
+            sys.exit(f"error: vLLM's log-probabilities are {sums[2] / sums[1]:.3g} a token off the "
+                     "trainer's: it samples from old weights. This update was not made.")
         norms.append(optimizer.step(lr, max_norm=1.0))  # Table 8
-    total = {key: sum(s[key] for s in stats) for key in ("loss", "tokens", "gap", "clipped")}
-    updates, tokens = sum(map(math.isfinite, norms)), max(1, total["tokens"])
-    return dict(loss=total["loss"] / max(1, len(norms)), grad_norm=sum(norms) / max(1, len(norms)),
-                mismatch=total["gap"] / tokens, clipped=total["clipped"] / tokens,
-                mismatch_max=max((s["gap_max"] for s in stats), default=0.0),
-                updates=updates, skipped=len(norms) - updates, trained_tokens=total["tokens"])
+    bar.close()
+    dist.all_reduce(mismatch_max, dist.ReduceOp.MAX)
+    (loss, tokens, mismatch, clipped), n = sums.tolist(), len(norms) or 1
+    # torch's own peak on a GPU would count the memory that vLLM has given back
+    unused, memory = torch.cuda.mem_get_info() if device.type == "cuda" else (
+        0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    return dict(loss=loss / n, grad_norm=sum(norms) / n, updates=sum(map(math.isfinite, norms)),
+                skipped=sum(not math.isfinite(norm) for norm in norms), trained_tokens=int(tokens),
+                mismatch=mismatch / (tokens or 1), mismatch_max=mismatch_max.item(),
+                clipped=clipped / (tokens or 1), peak_memory_gb=(memory - unused) / 1e9,
+                trained=sum(r.weight > 0 for r in rollouts) / len(rollouts))
 
 # --- run -----------------------------------------------------------------------------------------
 
 def main():
-    args = parse_args()
-    check_args(args)
-    tokenizer, _ = load_tokenizer(args.model, args.max_prompt_tokens + args.max_response_tokens)
-    questions = choose_questions(with_prompts(args.data, tokenizer, args), args.num_questions,
-                                 args.seed)
-    benchmarks = {Path(s).stem: with_prompts(s, tokenizer, args) for s in args.eval_data}
+    parser = make_parser()
+    args = parser.parse_args()
+    try:  # bad input ends with one line and exit code 2, before a model is loaded
+        check_args(args)
+        positions = args.max_prompt_tokens + args.max_response_tokens
+        path, tokenizer = load_tokenizer(args.model, positions)
+        questions = choose_questions(read_questions(args.data, tokenizer, args), args)
+        benchmarks = {Path(s).stem: read_questions(s, tokenizer, args) for s in args.eval_data}
+        begin_run(args)
+    except Exception as error:  # what transformers, datasets and Jinja raise has no common class
+        parser.error(" ".join(str(error).split()))
+    if Path(args.run_dir, f"eval/step_{args.steps}.json").exists():
+        return say(f"{args.run_dir} has finished its {args.steps} steps; more --steps continue it")
     device = start_process_group()
-    begin_run(args)
-    llm = make_engine(args, device)
+    llm = make_engine(path, positions, args, device)
     say(f"{args.model} loads")
-    model = load_model(args.model, device)
-    compile_layers([model], device)
+    model = load_model(path, device)
+    compile_layers(model)
     if args.recompute_layers:
         model.train().gradient_checkpointing_enable(dict(use_reentrant=False))
-    optimizer = MasterAdamW(model.named_parameters(), "cpu" if args.offload_optimizer else device,
-                            lr=args.lr, weight_decay=0.01)  # Table 8
-    ddp = DistributedDataParallel(Student(model, args, device), gradient_as_bucket_view=True,
-                                  broadcast_buffers=False)
-    state = optimizer.tensors()
-    done = load_checkpoint(args.run_dir, state)  # steps that are done
-    optimizer.write_weights()
-    rank, share = dist.get_rank(), args.questions_per_step // dist.get_world_size()
+    optimizer = MasterAdamW(model, lr=args.lr, weight_decay=0.01)  # Table 8
+    done = load_checkpoint(args.run_dir, optimizer.tensors())  # steps
+    write_weights(optimizer.masters, model)
     stream = question_stream(questions, args.seed)
     stream = itertools.islice(stream, done * args.questions_per_step, None)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
     with Verifier() as verifier:
-        for step in range(done + 1, args.steps + 2):  # in the last turn nothing but an evaluation
-            times = [("start", time.time())]
-            # vLLM gets the weights, and the memory that only an update needs
-            optimizer.free_gradients()
-            sync_weights(llm, model)
-            times.append(("sync", time.time()))
-            if done % args.eval_every == 0 or done == args.steps:
-                evaluate(llm, verifier, benchmarks, done, args)
-                times.append(("eval", time.time()))
-            if done == args.steps:
-                break
-            # rollouts, rewards, advantages: each rank its questions, then all rollouts to all
+        sync_weights(llm, model)
+        evaluate(llm, verifier, benchmarks, done, args)
+        for step in range(done + 1, args.steps + 1):
+            start = time.time()
+            # 1. to 3. rollouts, rewards, advantages
             batch = list(itertools.islice(stream, args.questions_per_step))
-            mine = batch[rank * share : (rank + 1) * share]
-            rollouts = exchange(until_stopped(
-                sample_groups, llm, verifier, mine, rank * share, step, args))
-            if any(exchange([stop["asked"]])):  # a signal has reached some rank: all hear the same
-                if done:
-                    save_checkpoint(model, tokenizer, done, state, args.run_dir)
-                say(f"stopped after step {done}: the same command with --resume goes on")
-                break
-            times.append(("rollout", time.time()))
-            # the loss, AdamW
+            rollouts = sample_groups(llm, verifier, batch, step, args)
+            sampled = time.time()
+            # 4. and 5. the loss, AdamW; gradients take memory only while vLLM sleeps
             sleep(llm)
+            ddp = with_gradients(Student(model, args))
             lr = args.lr * min(1, step / max(1, args.warmup_steps))
             metrics = update(ddp, optimizer, rollouts, lr)
-            times.append(("update", time.time()))
-            if rank == 0:
-                log(args, step, rollouts, dict(metrics, lr=lr), times)
-            done = step
+            del ddp
+            sync_weights(llm, model)
+            log(args, step, rollouts, dict(metrics, lr=lr), dict(
+                rollout=sampled - start, update=time.time() - sampled))
             if step % args.save_every == 0 or step == args.steps:
-                save_checkpoint(model, tokenizer, step, state, args.run_dir)
-    del ddp  # freed after the group is gone, it can hang (gloo, torch 2.13)
+                save_checkpoint(model, tokenizer, step, optimizer.tensors(), args.run_dir)
+                evaluate(llm, verifier, benchmarks, step, args)
+    say(f"results are in {args.run_dir}")
     llm.llm_engine.engine_core.shutdown()  # left open, it prints tracebacks at exit
     if dist.is_initialized():
         dist.destroy_process_group()
 
-# --- evaluation and logging (from here on nothing of the paper: what a long run needs) ------------
+# --- vLLM (from here on nothing of the paper) ----------------------------------------------------
 
-def record(r, **more):
-    """A rollout as a line of a file that epistemic.py and report.py read."""
-    return epistemic.record(r.text, r.reward, len(r.response_ids), r.finished, **more)
+def make_engine(path, max_model_len, args, device):
+    """vLLM in this process, one engine a rank, asleep, without weights: sync_weights brings them.
 
-def evaluate(llm, verifier, benchmarks, step, args):
-    """Averages on every benchmark, into eval/step_N.json, and every answer, into step_N.jsonl."""
-    rank, folder = dist.get_rank(), Path(args.run_dir) / "eval"
-    asked = [dict(q, benchmark=name, index=i)
-             for name, questions in benchmarks.items() for i, q in enumerate(questions)]
-    mine = asked[rank :: dist.get_world_size()]
-    # the authors' sampling for this; Table 11 adds top-k 20 after training
-    groups = generate(llm, mine, args.eval_rollouts, args.seed + rank, args.max_response_tokens,
-                      temperature=0.6, top_p=0.95)
-    rollouts = grade(verifier, groups, mine, after_think=True)
-    records = exchange([record(r, benchmark=mine[r.row]["benchmark"], index=mine[r.row]["index"],
-                               answer=mine[r.row]["answer"]) for r in rollouts])
-    summary = {name: epistemic.averages([r for r in records if r["benchmark"] == name])
-               for name in benchmarks}
-    for name, means in summary.items():
-        say(f"  eval {name:10s} {epistemic.line(means)}")
-    if rank == 0:
-        records.sort(key=lambda r: (r["benchmark"], r["index"]))
-        write_lines(folder / f"step_{step}.jsonl", records)
-        write_lines(folder / f"step_{step}.json", [summary])
-    return summary
-
-def log(args, step, rollouts, metrics, times):
-    """A line of metrics.jsonl, one on the screen, and the step's first 64 texts.
-
-    times: [(phase, when it ended)]. peak_memory_gb: the most that torch has taken so far.
-    """
-    run_dir, records = Path(args.run_dir), [record(r, row=r.row) for r in rollouts]
-    seconds = {phase: end - start for (_, start), (phase, end) in itertools.pairwise(times)}
-    speed = sum(r["tokens"] for r in records) / (seconds["rollout"] + seconds["update"])
-    memory = (torch.cuda.max_memory_reserved() if torch.cuda.is_available() else
-              resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    m = dict(step=step, **epistemic.averages(records), **metrics, seconds=seconds,
-             trained=sum(r.weight > 0 for r in rollouts) / len(rollouts),
-             tokens_per_second=speed, peak_memory_gb=memory / 1e9)
-    with open(run_dir / "metrics.jsonl", "a") as f:
-        f.write(json.dumps(m) + "\n")
-    if args.wandb:
-        import wandb
-        wandb.log(m, step=step)
-    write_lines(run_dir / f"rollouts/step_{step}.jsonl", records[:64])
-    result = f"loss {m['loss']:.4f}" if m["trained"] else "nothing to learn from"
-    result += "  gradient not finite: update skipped" if m["skipped"] else ""
-    phases = "  ".join(f"{phase} {s:.1f} s" for phase, s in seconds.items())
-    say(f"step {step:3d}  {epistemic.line(m)}  {result}  | {phases} | {speed:,.0f} tok/s")
-
-# --- vLLM ----------------------------------------------------------------------------------------
-
-DTYPE = dict(cpu=torch.float32, cuda=torch.bfloat16)  # of weights, gradients, vLLM
-
-def make_engine(args, device):
-    """vLLM in this very process, one engine a rank: its weights are handed over in memory.
-
-    So it reads none itself. On CPU it packs them, and handing over again would miss a head that is
-    tied to the embeddings (0.2 off in log-probability, silently): there it gets a head of its own.
+    On CPU it packs its weights, and a second sync would miss an LM head that is tied to the
+    embeddings (log-probabilities wrong by 0.2, no error): there the head is a tensor of its own.
     """
     cpu = device.type == "cpu"
-    say("vLLM starts" + ("" if cpu else ": it measures its memory and captures CUDA graphs, 2 min"))
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    logging.getLogger("vllm").setLevel(logging.ERROR)  # of what it says before it reads that
-    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else vLLM leaves one
+    say("vLLM starts" + ("" if cpu else ": it measures memory and captures CUDA graphs, minutes"))
+    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR")
+    logging.getLogger("vllm").setLevel(logging.ERROR)  # what it logs before it reads that
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else vLLM takes one
     from vllm import LLM
-    llm = LLM(args.model, dtype=DTYPE[device.type], seed=args.seed, enforce_eager=cpu,
-              max_model_len=args.max_prompt_tokens + args.max_response_tokens,
-              max_num_seqs=256,  # 1,024 by default: GPU memory for nothing
+    llm = LLM(path, dtype=DTYPE, seed=args.seed, enforce_eager=cpu, max_model_len=max_model_len,
+              max_num_seqs=256,  # its default of 1,024 takes GPU memory and is never reached
               gpu_memory_utilization=args.gpu_memory_utilization,
               kv_cache_memory_bytes=2 * 2**30 if cpu else None,
               distributed_executor_backend="external_launcher",
-              logprobs_mode="processed_logprobs",  # of what is sampled from: after temperature
+              logprobs_mode="processed_logprobs",  # after temperature: what is sampled from
               load_format="dummy", use_tqdm_on_load=False, enable_sleep_mode=not cpu,
               hf_overrides=dict(tie_word_embeddings=False) if cpu else None)
     sleep(llm)
     return llm
 
 def sleep(llm):
-    """vLLM's memory for the trainer: the KV cache freed, the weights dropped, not copied."""
+    """Frees vLLM's KV cache and weights on the GPU, for the trainer."""
     if torch.cuda.is_available():
         llm.sleep(level=2)
 
 def sync_weights(llm, model):
-    """Wakes vLLM with the trainer's weights, in place. Cached prefixes belong to the old ones."""
+    """Wakes vLLM with the model's weights, written in place. The gradients' memory becomes its."""
+    model.zero_grad(set_to_none=True)
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # what the update's tensors left with torch's allocator
+        torch.cuda.empty_cache()  # what torch's allocator still holds
         llm.wake_up(tags=["weights"])
     weights = ((name, p.detach()) for name, p in model.named_parameters(remove_duplicate=False))
     llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=weights))
     if torch.cuda.is_available():
         llm.wake_up(tags=["kv_cache"])
+
+def generate(llm, verifier, questions, seed, after_think=False, **sampling):
+    """vLLM's n answers to each question, with text and reward: groups in the questions' order."""
+    from transformers import set_seed
+    from vllm import SamplingParams
+    # A seed per request crashes on CPU. The global ones repeat bit for bit: vLLM's older model
+    # runner draws from torch's, the newer one from NumPy's. Cached prefixes change the last bit.
+    set_seed(seed)
     llm.reset_prefix_cache()
+    outputs = llm.generate([dict(prompt_token_ids=q["prompt_ids"]) for q in questions],
+                           SamplingParams(detokenize=False, **sampling),
+                           use_tqdm=dist.get_rank() == 0 and progress)
+    answers = [o for output in outputs for o in output.outputs]
+    texts = llm.get_tokenizer().batch_decode([o.token_ids for o in answers], True)
+    golds = [q["answer"] for q, output in zip(questions, outputs) for _ in output.outputs]
+    rewards = verifier.verify(texts, golds, after_think=after_think)  # 1 correct, 0 not
+    for o, text, reward in zip(answers, texts, rewards):
+        o.text, o.reward = text, reward
+    return [output.outputs for output in outputs]
 
-def check_engine(stats, device):
-    """Ends the run if vLLM samples from other weights than the trainer's: they are stale.
+# --- evaluation and logging ----------------------------------------------------------------------
 
-    Measured means of |log p_vllm - log p_trainer|: 1e-6 in float32, 0.2 where the engine kept a
-    stale head (tied embeddings on CPU). bfloat16 rounds to about 1e-2, random weights to 0.06.
-    """
-    limit = 1e-3 if device.type == "cpu" else 0.1
-    mismatch = sum(s["gap"] for s in stats) / sum(s["tokens"] for s in stats)
-    if mismatch > limit:  # a NaN is not vLLM's fault: that update is skipped
-        sys.exit(f"error: vLLM's log-probabilities are {mismatch:.3g} a token away from the "
-                 f"trainer's (limit {limit}): its weights are stale. This update was not made.")
+def evaluate(llm, verifier, benchmarks, step, args):
+    """One answer to every question, into eval/step_N.jsonl; their means into eval/step_N.json."""
+    rank, path = dist.get_rank(), Path(args.run_dir, f"eval/step_{step}.jsonl")
+    asked = [dict(q, benchmark=name, index=i)
+             for name, questions in benchmarks.items() for i, q in enumerate(questions)]
+    mine = asked[rank :: dist.get_world_size()]
+    # the authors' sampling while training; Table 11 adds top-k 20 (evaluate.py)
+    groups = generate(llm, verifier, mine, args.seed + rank, after_think=True, temperature=0.6,
+                      top_p=0.95, max_tokens=args.max_response_tokens)
+    records = exchange([
+        epistemic.record(o.text, o.reward, len(o.token_ids), o.finish_reason == "stop",
+                         **{key: q[key] for key in ("benchmark", "index", "answer")})
+        for q, (o,) in zip(mine, groups)])
+    means = {name: epistemic.averages([r for r in records if r["benchmark"] == name])
+             for name in benchmarks}
+    for name in benchmarks:
+        say(f"  eval {name}  {epistemic.line(means[name])}")
+    if rank == 0:
+        write_lines(path, sorted(records, key=lambda r: (r["benchmark"], r["index"])))
+        write_lines(path.with_suffix(".json"), [means])
+
+def log(args, step, rollouts, metrics, seconds):
+    """A line of metrics.jsonl, one on the screen, and the first 64 texts of the step."""
+    if dist.get_rank():
+        return
+    records = [epistemic.record(r.text, r.reward, len(r.response_ids), r.finished, row=r.row)
+               for r in rollouts]
+    m = dict(step=step, **epistemic.averages(records), **metrics, seconds=seconds,
+             tokens_per_second=sum(r["tokens"] for r in records) / sum(seconds.values()))
+    with open(Path(args.run_dir, "metrics.jsonl"), "a") as file:
+        file.write(json.dumps(m) + "\n")
+    write_lines(Path(args.run_dir, f"rollouts/step_{step}.jsonl"), records[:64])
+    if args.wandb:
+        import wandb
+        wandb.log(m, step=step)
+    left = timedelta(seconds=round((args.steps - step) * sum(seconds.values())))
+    say(f"step {step}/{args.steps}  {epistemic.line(m)}  loss {m['loss']:.3f}  {left} left")
+    if m["skipped"] or not m["trained"]:
+        say(f"  {m['skipped']} updates skipped: the gradient was not finite" if m["skipped"] else
+            "  no update: no rollout has a loss, since groups are all right or all wrong")
+
+class progress(tqdm):
+    """A bar that leaves no line on a terminal; elsewhere it writes once a minute at most."""
+
+    def __init__(self, *args, **kwargs):
+        wait = 0.1 if sys.stderr.isatty() else 60
+        super().__init__(*args, **kwargs, leave=False, mininterval=wait, maxinterval=wait,
+                         delay=wait, disable=dist.get_rank() != 0)
+
+    def refresh(self, *args, **kwargs):  # vLLM calls it at the end, whatever the delay
+        if time.time() > self.start_t + self.delay:
+            super().refresh(*args, **kwargs)
+
+def say(message):
+    """A line on the screen, from the first rank only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, flush=True)
 
 # --- memory --------------------------------------------------------------------------------------
 
-def load_model(name, device):
-    from transformers import AutoModelForCausalLM
-    return AutoModelForCausalLM.from_pretrained(name, dtype=DTYPE[device.type]).to(device)
+def load_model(path, device):
+    from transformers import AutoModelForCausalLM, logging as transformers_logging
+    transformers_logging.disable_progress_bar()
+    model, found = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPE, output_loading_info=True)
+    if found["missing_keys"]:  # transformers only warns, and draws them at random
+        sys.exit(f"error: weights are missing in {path}: {sorted(found['missing_keys'])[:3]} ...")
+    return model.to(device)
 
-def compile_layers(models, device):
-    """On a GPU: an update takes 1.3 to 1.55 times less."""
-    if device.type == "cuda":
-        say("the first update compiles the layers, 1 to 2 min")
-        # one code for all layers: student's and teacher's are eight graphs, and eight are the limit
-        torch._dynamo.config.recompile_limit = 64
-        for layer in (layer for model in models for layer in model.get_decoder().layers):
+def compile_layers(*models):
+    """On a GPU an update takes 1.3 to 1.55 times less time; small ones like the toy gain none."""
+    if models[0].device.type == "cuda" and models[0].num_parameters() > 1e8:
+        say("the first update compiles the layers: minutes")
+        torch._dynamo.config.recompile_limit = 64  # one code object for all layers, 8 graphs of it
+        torch._dynamo.config.optimize_ddp = False  # else DDP cuts the graphs up: 11 instead of 7
+        for layer in itertools.chain(*(model.get_decoder().layers for model in models)):
             layer.compile(dynamic=True)
 
-class MasterAdamW(torch.optim.AdamW):
-    """AdamW of bfloat16 weights by way of float32 masters; every tensor has one rank as its owner.
+def with_gradients(student):
+    """DDP of the student, with gradients of 0 that are views of its buckets."""
+    for p in student.parameters():
+        p.grad = torch.zeros_like(p)  # else micro-batches add up in memory beside the buckets
+    return DistributedDataParallel(student, gradient_as_bucket_view=True, init_sync=False,
+                                   forward_sync_buffers=False)
 
-    A step of 1e-6 is a hundredth of bfloat16's spacing at a weight of 0.02: by itself such a weight
-    never moves. Its master does, and the weight is the master's rounding. Bytes a parameter: on
-    every GPU 2 of weight and 2 of gradient; at the owner, on its GPU or in CPU memory, 4 of master,
-    8 of moments and 2 of gradient (ZeRO stage 1). Qwen3-8B: 33 GB on every GPU and 115 GB in all.
+@torch.no_grad()
+def write_weights(owned, model):
+    """Every rank's float32 tensors, {name: tensor} of each world_size-th weight, into the model."""
+    rank, ranks, weights = dist.get_rank(), dist.get_world_size(), list(model.parameters())
+    for weight, tensor in zip(weights[rank::ranks], owned.values()):
+        weight.copy_(tensor)
+    for i, weight in enumerate(weights):
+        dist.broadcast(weight.detach(), i % ranks)
+
+class MasterAdamW:
+    """AdamW on float32 copies (masters) of bfloat16 weights; tensor i belongs to rank i % ranks.
+
+    A step of 1e-6 is a hundredth of bfloat16's spacing at a weight of 0.02: such a weight would
+    never move. Its master does, and the weight is the rounded master. Bytes a parameter: on every
+    GPU 2 of weight and 2 of gradient; in CPU memory, divided among the ranks (ZeRO stage 1), 4 of
+    master, 8 of moments, 2 for the sum of gradients. Qwen3-8B: 33 GB and 115 GB.
     """
 
-    def __init__(self, named_weights, device, **settings):
-        names, self.weights = zip(*named_weights)
-        load, self.owner = [0] * dist.get_world_size(), {}
-        for i in sorted(range(len(names)), key=lambda i: -self.weights[i].numel()):
-            self.owner[i] = load.index(min(load))
-            load[self.owner[i]] += self.weights[i].numel()
-        owned = [i for i in range(len(names)) if self.owner[i] == dist.get_rank()]
-        self.names, self.owned = [names[i] for i in owned], [self.weights[i] for i in owned]
-        masters = [w.detach().to(device, torch.float32, copy=True) for w in self.owned]
-        self.sums = [torch.zeros_like(w, device=device) for w in self.owned]
-        super().__init__(masters, fused=True, **settings)
-        for m in masters:  # as AdamW would in its first step; a checkpoint loads into them
-            self.state[m] = dict(step=torch.zeros((), device=m.device),
-                                 exp_avg=torch.zeros_like(m), exp_avg_sq=torch.zeros_like(m))
-        # one tensor's: in float32, and, pinned, between GPU and CPU
-        size, dtype = max(m.numel() for m in masters), self.weights[0].dtype
-        self.gradient = torch.empty(size, device=device)
-        self.staging = torch.empty(size, dtype=dtype, device=device, pin_memory=(
-            self.weights[0].is_cuda and not masters[0].is_cuda))
-        # Gradients are there before DDP, which makes them views of its buckets, and stay. Set to
-        # None, what no_sync adds up would lie beside the buckets, Qwen3-8B's in 16 GB.
-        for w in self.weights:
-            w.grad = torch.zeros_like(w)
-        self.freed = []
+    def __init__(self, model, **settings):
+        self.model, named = model, list(model.named_parameters())
+        self.mine = dict(named[dist.get_rank() :: dist.get_world_size()])
+        self.sums = [torch.zeros_like(w, device="cpu") for w in self.mine.values()]
+        self.masters = {name: w.detach().to("cpu", torch.float32, copy=True)
+                        for name, w in self.mine.items()}
+        self.adamw = torch.optim.AdamW(self.masters.values(), fused=True, **settings)
+        for m in self.masters.values():  # as AdamW does in its first step: checkpoints load into it
+            self.adamw.state[m] = dict(step=torch.zeros(()), exp_avg=torch.zeros_like(m),
+                                       exp_avg_sq=torch.zeros_like(m))
 
     def tensors(self):
-        """{name: tensor} of what this rank alone holds, for a checkpoint."""
-        return {f"{name}.{key}": tensor
-                for name, m in zip(self.names, self.param_groups[0]["params"], strict=True)
-                for key, tensor in dict(self.state[m], master=m.detach()).items()}
-
-    def free_gradients(self):
-        """For vLLM's KV cache: DDP's buckets, whose views they are, lose their bytes."""
-        for storage in (w.grad.untyped_storage() for w in self.weights):
-            if storage.nbytes():
-                self.freed.append((storage, storage.nbytes()))
-                storage.resize_(0)
-
-    def zero_grad(self):
-        """Gradients and sums of 0; what free_gradients gave away comes back."""
-        while self.freed:
-            storage, size = self.freed.pop()
-            storage.resize_(size)
-        torch._foreach_zero_([*self.sums, *(w.grad for w in self.weights)])
+        """{name: tensor} of what this rank holds, for a checkpoint."""
+        return {f"{name}.{key}": tensor for name, m in self.masters.items()
+                for key, tensor in dict(self.adamw.state[m], master=m).items()}
 
     @torch.no_grad()
-    def fold(self):
-        """Ends a round of micro-batches: their gradient goes from the weights to their owners.
-
-        A sum of sums, because bfloat16 has 8 bits: a term below a 512th of what is there adds
-        nothing. 683 added one by one came out 18% off, in rounds of 32 0.7% (benchmarks/NOTES.md).
-        """
-        for weight, total in zip(self.owned, self.sums):
-            total += self.staging[: weight.numel()].view_as(weight).copy_(weight.grad)
-        torch._foreach_zero_([w.grad for w in self.weights])
+    def add_gradients(self):
+        """Adds the weights' gradients to their owners' sums, and sets them to 0."""
+        for weight, total in zip(self.mine.values(), self.sums):
+            total += weight.grad.to("cpu")
+        torch._foreach_zero_([w.grad for w in self.model.parameters()])
 
     @torch.no_grad()
     def step(self, lr, max_norm):
-        """Clips the gradient and steps, unless it is infinite or undefined; returns its norm.
-
-        Tensor by tensor: the gradient is never whole in float32. Its norm in pieces: on CPU the
-        norm of 3e8 float32 in one comes out 4% low (benchmarks/NOTES.md).
-        """
+        """Clips the gradient and steps, unless it is not finite; returns its norm."""
+        # in pieces: on CPU the norm of 3e8 float32 in one comes out 4% low (benchmarks/README.md)
         pieces = [piece for total in self.sums for piece in total.flatten().split(2**18)]
         square = torch.stack(torch._foreach_norm(pieces, dtype=torch.float32)).square().sum()
         dist.all_reduce(square)
         norm = square.sqrt().item()
-        self.param_groups[0]["lr"] = lr
-        for total, master in zip(self.sums, self.param_groups[0]["params"]):
-            if math.isfinite(norm):
-                master.grad = self.gradient[: total.numel()].view_as(total).copy_(total)
-                master.grad *= min(1.0, max_norm / (norm + 1e-6))
-                super().step()
+        self.adamw.param_groups[0]["lr"] = lr
+        for master, total in zip(self.masters.values(), self.sums):
+            if math.isfinite(norm):  # tensor by tensor: the gradient is never whole in float32
+                master.grad = total.float() * min(1.0, max_norm / (norm + 1e-6))
+                self.adamw.step()
                 master.grad = None
-        self.write_weights()
+            total.zero_()
+        write_weights(self.masters, self.model)
         return norm
 
-    @torch.no_grad()
-    def write_weights(self):
-        """The masters' rounding into the weights, on every rank."""
-        for weight, master in zip(self.owned, self.param_groups[0]["params"]):
-            weight.copy_(self.staging[: weight.numel()].view_as(weight).copy_(master))
-        for i, weight in enumerate(self.weights):
-            dist.broadcast(weight.detach(), self.owner[i])
+# --- files ---------------------------------------------------------------------------------------
 
-# --- checkpoints ---------------------------------------------------------------------------------
-
-def with_flags_of_the_run(parser, argv):
-    """The flags. Those of a resumed run come from its config.json, unless given differently."""
-    args = parser.parse_args(argv)
-    config = Path(args.run_dir) / "config.json"
-    if args.resume and config.exists():
-        began = json.loads(config.read_text())
-        parser.set_defaults(**{name: began[name] for name in vars(args) if name in began})
-        args = parser.parse_args(argv)
-        for name, value in vars(args).items():
-            if name != "resume" and began.get(name, value) != value:
-                say(f"--{name} {value}: the run began with {began[name]}")
-    return args
+def load_tokenizer(name, positions):
+    """(folder, tokenizer) of a model. A hub id is resolved here, once: its branch may move."""
+    from huggingface_hub import snapshot_download
+    from transformers import AutoConfig, AutoTokenizer
+    path = name if Path(name).is_dir() else snapshot_download(name)
+    config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    if tokenizer.chat_template is None:
+        raise ValueError(f"--model {name}: its tokenizer has no chat template")
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(f"--model {name}: its tokenizer has {len(tokenizer):,} tokens, the model "
+                         f"only {config.vocab_size:,}")
+    if positions > config.max_position_embeddings:
+        raise ValueError(f"--max_prompt_tokens and --max_response_tokens: {positions:,} together, "
+                         f"but {name} has {config.max_position_embeddings:,} positions")
+    return path, tokenizer
 
 def begin_run(args):
-    """A new run's new folder, with its config.json: every flag, versions, commit."""
+    """Writes config.json. ValueError if the run began with other flags; only --steps may grow."""
     import transformers
-    transformers.logging.disable_progress_bar()
-    run_dir = Path(args.run_dir)
-    if dist.get_rank() == 0:
-        if not args.resume and run_dir.exists() and (run_dir.is_file() or any(run_dir.iterdir())):
-            fail(f"--run_dir {run_dir} already holds results: name another folder, remove it, or "
-                 f"go on with --resume")
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
-                                capture_output=True, text=True).stdout.strip()
-        versions = dict(torch=torch.__version__, transformers=transformers.__version__)
-        if args.wandb:
-            try:
-                import wandb
-                wandb.init(name=args.run_dir, config=vars(args))
-            except Exception as error:  # not installed, not logged in: no common class
-                fail(f"--wandb: {reason(error)}")
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            write_lines(run_dir / "config.json", [dict(
-                vars(args), script=Path(__file__).name, commit=commit, versions=versions,
-                world_size=dist.get_world_size())])
-        except OSError as error:
-            fail(f"--run_dir {run_dir}: {error}")
-    dist.barrier()
+    path = Path(args.run_dir, "config.json")
+    began = json.loads(path.read_text()) if resumable(args.run_dir) else vars(args)
+    changed = [f"--{name} was {began.get(name)}" for name, value in vars(args).items()
+               if began.get(name) != value and (name != "steps" or value < began["steps"])]
+    if changed:
+        raise ValueError(f"--run_dir {args.run_dir} began with other flags: {', '.join(changed)}; "
+                         "repeat them, or name a new folder")
+    if not path.exists() and path.parent.exists() and any(path.parent.iterdir()):
+        raise ValueError(f"--run_dir {args.run_dir} holds something else: name a new folder")
+    commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
+    if os.environ.get("RANK", "0") == "0":
+        write_lines(path, [dict(
+            vars(args), script=Path(sys.argv[0]).name, commit=commit,
+            world_size=int(os.environ.get("WORLD_SIZE", 1)),
+            versions=dict(torch=torch.__version__, transformers=transformers.__version__))])
+        if args.wandb:  # its own WANDB_PROJECT, WANDB_NAME, ... apply
+            import wandb
+            wandb.init(id=re.sub(r"\W", "-", args.run_dir), resume="allow", config=vars(args))
 
 def write_lines(path, rows):
-    """JSON Lines, written aside and renamed, so that a reader never finds half a file."""
-    path.parent.mkdir(exist_ok=True)  # of a run whose folder is gone, nothing is begun anew
+    """JSON Lines, written aside and renamed: a reader never finds half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".part")
     aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
     aside.rename(path)
 
 def save_checkpoint(model, tokenizer, step, state, run_dir):
-    """A Hugging Face folder with the trainer's state in it, whole or not there at all.
+    """A Hugging Face folder with the trainer's state in it, renamed when it is whole.
 
-    The weights of every checkpoint stay, for evaluate.py; of the state, seven times as large, two.
+    The weights of all checkpoints stay, for evaluate.py; of the state, 7 times as large, two.
     """
-    folder = Path(run_dir) / f"checkpoints/step_{step}"
+    folder = Path(run_dir, f"checkpoints/step_{step}")
     aside = folder.with_name(folder.name + ".part")
     if dist.get_rank() == 0:
-        shutil.rmtree(aside, ignore_errors=True)  # of a killed run
+        shutil.rmtree(aside, ignore_errors=True)  # left by a killed run
         model.save_pretrained(aside, max_shard_size="4GB")  # a shard goes through CPU memory
         tokenizer.save_pretrained(aside)
-        shutil.copy(folder.parents[1] / "metrics.jsonl", aside)
     dist.barrier()
     dcp.save(state, checkpoint_id=aside / "trainer_state")
     if dist.get_rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)  # one that did not load
         aside.rename(folder)
-        for old in resumable(run_dir)[2:]:
-            shutil.rmtree(old / "trainer_state")
+        for old in resumable(run_dir)[:-2]:
+            shutil.rmtree(Path(run_dir, f"checkpoints/step_{old}/trainer_state"))
 
 def resumable(run_dir):
-    """The checkpoints that hold the trainer's state, newest first."""
-    found = [p.parents[1] for p in Path(run_dir).glob("checkpoints/step_*/trainer_state/.metadata")]
-    return sorted((p for p in found if p.suffix != ".part"), key=lambda p: -int(p.name[5:]))
+    """The steps whose checkpoints hold the trainer's state, in order."""
+    found = Path(run_dir).glob("checkpoints/step_*[0-9]/trainer_state/.metadata")
+    return sorted(int(path.parents[1].name[5:]) for path in found)
 
 def load_checkpoint(run_dir, state):
-    """Fills the tensors of `state` from the newest checkpoint that loads; its step, 0 for none.
+    """Fills the tensors of `state` from the newest checkpoint; returns its step, 0 without one.
 
-    Whatever the number of ranks that wrote it: torch finds each tensor by its name. No random
-    numbers are kept: all are drawn from (seed, step, row), and the data order from (seed, step).
+    No random state is kept: every number is drawn from (seed, step, row).
     """
-    metrics, folders = Path(run_dir) / "metrics.jsonl", exchange([resumable(run_dir)])[0]
-    for folder in folders:
+    done = exchange([max(resumable(run_dir), default=0)])[0]
+    folder, metrics = Path(run_dir, f"checkpoints/step_{done}"), Path(run_dir, "metrics.jsonl")
+    if done:
+        say(f"{run_dir} resumes after step {done}")
         try:
             dcp.load(state, checkpoint_id=folder / "trainer_state")
-        except dcp.api.CheckpointException as error:
-            say(f"{folder} does not load ({reason(error)}): the one before it is used")
-            continue
-        if dist.get_rank() == 0:
-            shutil.copy(folder / metrics.name, metrics)  # what came after it comes again
-        say(f"{run_dir}: goes on after {folder.name}")
-        return int(folder.name[5:])
-    if folders:
-        sys.exit(f"error: no checkpoint in {run_dir} loads: begin anew in another folder")
-    metrics.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
-    return 0
-
-def reason(error):
-    """What went wrong in reading or writing, as one line."""
-    if isinstance(error, dcp.api.CheckpointException):  # {rank: (its error, traceback)}
-        error = next(iter(error.failures.values()))[0]
-    return " ".join(f"{error!r}".split())[:300]
+        except dcp.api.CheckpointException:
+            sys.exit(f"error: {folder} does not load: remove it, and the same command resumes from "
+                     "the one before")
+    if dist.get_rank() == 0 and metrics.exists():  # steps after the checkpoint come again
+        write_lines(metrics, map(json.loads, metrics.read_text().splitlines()[:done]))
+    return done
 
 # --- processes -----------------------------------------------------------------------------------
 
-def say(message):
-    """A line on the screen, from the first rank alone."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(message, flush=True)
-
-def fail(message):
-    """Bad input: one line and exit code 2. From the first rank at once, and torchrun ends the
-    others; where only another rank fails, it is heard two seconds later."""
-    if int(os.environ.get("RANK", 0)):
-        time.sleep(2)
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-def load_tokenizer(model, longest):
-    """(tokenizer, config) of a model: what can be wrong with it shows before any weights load."""
-    from transformers import AutoConfig, AutoTokenizer
-    try:
-        config = AutoConfig.from_pretrained(model)
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except Exception as error:  # missing, or a config.json that contradicts itself: no common class
-        fail(f"--model {model}: no model folder, and no model on the hub "
-             f"({str(error).strip().splitlines()[0]})")
-    if tokenizer.chat_template is None:
-        fail(f"--model {model}: its tokenizer has no chat template")
-    if len(tokenizer) > config.vocab_size:
-        fail(f"--model {model}: the tokenizer has {len(tokenizer):,} tokens and the model "
-             f"{config.vocab_size:,}: they do not belong together")
-    if longest > config.max_position_embeddings:
-        fail(f"--max_prompt_tokens and --max_response_tokens: together {longest:,}, more than the "
-             f"{config.max_position_embeddings:,} positions of {model}")
-    return tokenizer, config
-
 def start_process_group():
-    """torchrun's group, or under plain python one of a single process; returns its device."""
+    """torchrun's group, or under plain python a group of one; returns this rank's device."""
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
     for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1).items():
-        os.environ.setdefault(name, str(value))
+        os.environ.setdefault(name, str(value))  # vLLM reads them
     backend, device = "gloo", torch.device("cpu")
     if torch.cuda.is_available():
         backend, device = "cpu:gloo,cuda:nccl", torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-        # AdamW in CPU memory wants its share of the cores, of which torchrun leaves it one
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
-    # a rank may wait for another's rollouts of 20,000 tokens longer than the usual half hour
+    # a rank may wait longer than the usual half hour for another's rollouts of 20,000 tokens
     dist.init_process_group(backend, timeout=timedelta(hours=6), **alone)
     return device
 
@@ -806,26 +710,5 @@ def exchange(items):
     dist.all_gather_object(lists, items)
     return [item for part in lists for item in part]
 
-stop = dict(asked=False, sampling=False)  # has SIGTERM or Ctrl-C come; may it break off what runs?
-
-def on_signal(*_):
-    """The first signal breaks off the sampling; any other phase comes to its end."""
-    first, stop["asked"] = not stop["asked"], True
-    if first and stop["sampling"]:
-        raise KeyboardInterrupt
-
-def until_stopped(sample, *args):
-    """sample(*args), or nothing if a signal comes first; only where no rank waits for another."""
-    try:
-        stop["sampling"] = True
-        return [] if stop["asked"] else sample(*args)
-    except KeyboardInterrupt:
-        return []
-    finally:
-        stop["sampling"] = False
-
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, SafetensorError, dcp.api.CheckpointException) as error:  # a full disk, mostly
-        sys.exit(f"error: {reason(error)}; checkpoints are whole: --resume goes on from the newest")
+    main()
