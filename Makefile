@@ -23,10 +23,9 @@ EPOCHS := 6
 SAMPLES := 1
 TOY := --max_response_tokens 320 --model toy/model
 TESTS := toy/data/in.jsonl toy/data/ood.jsonl
-EVAL := --eval_every 10
-TRAIN := $(TOY) --eval_data $(TESTS) $(EVAL) --data toy/data/train.jsonl --steps $(STEPS) \
+TRAIN := $(TOY) --eval_data $(TESTS) --data toy/data/train.jsonl --steps $(STEPS) \
     --questions_per_step $(QUESTIONS) --minibatch_questions $(QUESTIONS) \
-    --warmup_steps $(WARMUP) --save_every $(STEPS) --tokens_per_micro_batch 8192 \
+    --warmup_steps $(WARMUP) --save_every 10 --tokens_per_micro_batch 8192 \
     --no-recompute_layers
 ended = $(1:%=$(OUT)/%/eval/step_$(STEPS).json)
 # |D| = 512: 20 steps of 12 see each question at most once
