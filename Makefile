@@ -14,7 +14,7 @@ RUN := $(QUIET) OMP_NUM_THREADS=1 .venv/bin/python
 
 # What the demo runs: the scripts at the toy's size, with the rates and steps of toy/study.py.
 DEMO := runs/demo
-TOY := --model toy/model --max_response_tokens 320
+TOY := --max_response_tokens 320 --model toy/model
 BENCHMARKS := toy/data/in.jsonl toy/data/ood.jsonl
 # |D| = 512: 20 steps of 12 questions use each at most once
 TRAIN := $(TOY) --data toy/data/train.jsonl --num_questions 512 --eval_data $(BENCHMARKS) \
