@@ -623,6 +623,8 @@ def begin_run(args):
     """Writes config.json. ValueError if the run began with other flags; only --steps may grow."""
     import transformers
     path = Path(args.run_dir, "config.json")
+    if os.environ.get("RANK", "0") != "0":
+        return
     began = json.loads(path.read_text()) if resumable(args.run_dir) else vars(args)
     changed = [f"--{name} was {began.get(name)}" for name, value in vars(args).items()
                if began.get(name) != value and (name != "steps" or value < began["steps"])]
@@ -632,14 +634,12 @@ def begin_run(args):
     if not path.exists() and path.parent.exists() and any(path.parent.iterdir()):
         raise ValueError(f"--run_dir {args.run_dir} holds something else: name a new folder")
     commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
-    if os.environ.get("RANK", "0") == "0":
-        write_lines(path, [dict(
-            vars(args), script=Path(sys.argv[0]).name, commit=commit,
-            world_size=int(os.environ.get("WORLD_SIZE", 1)),
-            versions=dict(torch=torch.__version__, transformers=transformers.__version__))])
-        if args.wandb:  # its own WANDB_PROJECT, WANDB_NAME, ... apply
-            import wandb
-            wandb.init(id=re.sub(r"\W", "-", args.run_dir), resume="allow", config=vars(args))
+    versions = dict(torch=torch.__version__, transformers=transformers.__version__)
+    write_lines(path, [dict(vars(args), script=Path(sys.argv[0]).name, commit=commit,
+                            versions=versions, world_size=int(os.environ.get("WORLD_SIZE", 1)))])
+    if args.wandb:  # its own WANDB_PROJECT, WANDB_NAME, ... apply
+        import wandb
+        wandb.init(id=re.sub(r"\W", "-", args.run_dir), resume="allow", config=vars(args))
 
 def write_lines(path, rows):
     """JSON Lines, written aside and renamed: a reader never finds half a file."""
