@@ -448,8 +448,8 @@ def generate(llm, verifier, questions, seed, after_think=False, **sampling):
     outputs = llm.generate([dict(prompt_token_ids=q["prompt_ids"]) for q in questions],
                            SamplingParams(detokenize=False, **sampling),
                            use_tqdm=dist.get_rank() == 0 and progress)
-    answers = [o for output in outputs for o in output.outputs]
-    texts = llm.get_tokenizer().batch_decode([o.token_ids for o in answers], True)
+    answers, decode = [o for output in outputs for o in output.outputs], llm.get_tokenizer().decode
+    texts = [decode(o.token_ids, skip_special_tokens=True) for o in answers]
     golds = [q["answer"] for q, output in zip(questions, outputs) for _ in output.outputs]
     rewards = verifier.verify(texts, golds, after_think=after_think)  # 1 correct, 0 not
     for o, text, reward in zip(answers, texts, rewards):
