@@ -16,7 +16,6 @@ import hashlib
 import html
 import io
 import json
-import math
 import os
 import re
 from collections import Counter, defaultdict
@@ -41,8 +40,8 @@ MARKERS = list(epistemic.MARKERS)
 def check(record, fields, where):
     """The record, if it is an object with these fields; else an error that says where it is."""
     if not (isinstance(record, dict)
-            and all(isinstance(record.get(name), kind) for name, kind in fields.items())):
-        raise ValueError(f"{where}: not an object with {', '.join(fields) or 'named fields'}")
+            and all(isinstance(record.get(field), kind) for field, kind in fields.items())):
+        raise ValueError(f"{where}: no object with {', '.join(fields) or 'named fields'}")
     return record
 
 def parse(text, fields, where):
@@ -53,11 +52,9 @@ def parse(text, fields, where):
     return check(record, fields, where)
 
 def read_json(path):
-    """The object in the file, an empty one if there is no such file."""
     return parse(path.read_bytes(), {}, path) if path.exists() else {}
 
 def read_lines(path, fields={}, growing=False):
-    """The objects of a JSON Lines file, none if there is no such file."""
     rows = path.read_bytes().splitlines(True) if path.exists() else []
     if growing and rows and not rows[-1].endswith(b"\n"):
         del rows[-1]  # half a row: the run goes on
@@ -66,19 +63,18 @@ def read_lines(path, fields={}, growing=False):
 
 def read_answers(path, benchmark):
     """Those of a file; of one benchmark, if it is named."""
-    return (row for row in read_lines(path, ANSWER) if benchmark in (None, row.get("benchmark")))
+    return [row for row in read_lines(path, ANSWER) if benchmark in (None, row.get("benchmark"))]
 
 @functools.cache
 def counted(path, benchmark):
     """A row an answer, without its text; and the uses an answer of each marker and, with a blank
     before it, of each word."""
-    rows, uses = [], Counter()
-    for row in read_answers(path, benchmark):
+    rows, uses = read_answers(path, benchmark), Counter()
+    for row in rows:
         text = row.pop("response")
         uses.update(epistemic.count_by_marker(text))
         uses.update(f" {word}" for word in re.findall("[a-z]+", text.lower()))
-        rows.append(dict(row, score=row["correct"], length=row["tokens"],
-                         epistemic=epistemic.count(text)))
+        row.update(score=row["correct"], length=row["tokens"], epistemic=epistemic.count(text))
     if not rows:
         raise ValueError(f"{path}: holds no answers to {benchmark}")
     return pandas.DataFrame(rows), pandas.Series(uses, dtype=float) / len(rows)
@@ -92,18 +88,16 @@ def question_error(row):
 def results(means, where, answers, **same):
     """Rows of the one table that all is drawn from, a quantity each."""
     check(means, MEANS, where)
-    most = max(check(means.get("pass_at", {}), {}, where), key=int, default="1")
-    best = {f"pass@{most}": means["pass_at"][most]} if most != "1" else {}
-    answers = answers if answers[0].exists() else None
-    return [dict(same, answers=answers, quantity=quantity, value=value)
-            for quantity, value in ({q: means[q] for q in MEANS} | best).items()]
+    n = max(check(means.get("pass_at", {}), {}, where), key=int, default="1")
+    values = {q: means[q] for q in MEANS} | ({f"pass@{n}": means["pass_at"][n]} if n != "1" else {})
+    same["answers"] = answers if answers[0].exists() else None
+    return [dict(same, quantity=quantity, value=value) for quantity, value in values.items()]
 
 def read_folder(name, seed, path):
     """A folder's config and results. A result is of a kind: "run", a trainer's; "evaluation",
     evaluate.py's; "contexts", generate_conditions.py's. All runs of a model are one group, else
-    each folder is one. `answers`: their file, and the benchmark if the file holds several.
-    """
-    config, file = read_json(path / "config.json"), path / "metrics.jsonl"
+    each folder is one. `answers`: their file, and the benchmark if the file holds several."""
+    config, file, rows = read_json(path / "config.json"), path / "metrics.jsonl", []
     model = config.get("model")  # evaluate.py's is a list, checkpoints among them
     model = min(model, key=lambda m: "/step_" in m) if isinstance(model, list) else model
     model = "/".join(PurePath(str(model)).parts[-2:])
@@ -112,16 +106,16 @@ def read_folder(name, seed, path):
     steps = pandas.DataFrame(check(row, MEANS | dict(step=int), f"{file}, row {number}")
                              for number, row in enumerate(read_lines(file, growing=True), 1)
                              if "score" in row)  # SFT has none
-    five = [steps[[*MEANS]][max(i - 4, 0):i + 1] for i in range(len(steps))]  # one is too noisy
-    rows = [dict(kind="run", group=model, arm=name, step=int(step), benchmark="training",
-                 quantity=q, value=some[q].mean(), error=some[q].sem())
-            for some, step in zip(five, steps.get("step", ())) for q in MEANS]
+    for i in range(len(steps)):
+        five = steps[[*MEANS]][max(i - 4, 0):i + 1]  # one step is too noisy
+        rows += [dict(kind="run", group=model, arm=name, step=int(steps.step[i]), quantity=q,
+                      benchmark="training", value=five[q].mean(), error=five[q].sem()) for q in MEANS]
     for file in path.glob("eval/step_*.json"):
-        step = int(file.stem[5:])
+        step, answers = int(file.stem[5:]), file.with_suffix(".jsonl")
         for benchmark, means in read_json(file).items():
-            rows += results(means, file, (file.with_suffix(".jsonl"), benchmark), kind="run",
-                            group=model, arm=name if step else "base", step=step,
-                            benchmark=benchmark)
+            for arm in [name] if step else [name, "base"]:
+                rows += results(means, file, (answers, benchmark), kind="run", group=model, arm=arm,
+                                step=step, benchmark=benchmark)
     file = path / "summary.json"
     models = check(read_json(file).get("models", {}), {}, file)
     for evaluated, benchmarks in models.items():
@@ -135,8 +129,8 @@ def read_folder(name, seed, path):
     for context, means in check(read_json(file).get("contexts", {}), {}, file).items():
         rows += results(means, file, (path / f"{context}.jsonl", None), kind="contexts",
                         group=name, arm=context, benchmark="", step=0)
-    return SimpleNamespace(name=name, seed=seed, path=path, config=config,
-                           rows=[dict(row, seed=seed, model=model) for row in rows])
+    rows = [dict(row, seed=seed, model=model) for row in rows]
+    return SimpleNamespace(name=name, seed=seed, path=path, config=config, rows=rows)
 
 def find(roots):
     """The folders below the roots that hold results; a folder seed_N is no part of a name."""
@@ -155,31 +149,29 @@ def find(roots):
 # --- choosing ------------------------------------------------------------------------------------
 
 FIRST = dict(base=0, grpo=1, sdpo=2)  # in every table and figure
-# flags that change nothing that is compared
 UNCOMPARED = re.compile("run_dir|seed|commit|versions|world_size|resume|wandb|steps|.*_every|"
                         "eval_.*|tokens_per_.*|recompute_.*|offload_.*|gpu_memory_.*")
 
 class Found:
-    """What there is. `results`: a row a quantity; `end`: those of each arm's last step; `configs`
-    of the training runs; `aside`: runs that have figures of their own."""
+    """`results`: a row a quantity; `end`: those of each arm's last step; `configs` of the training
+    runs; `aside`: runs that have figures of their own."""
     def __init__(self, folders):
         self.folders = folders
         table = pandas.DataFrame([row for f in folders for row in f.rows], columns=[
             "kind", "model", "group", "arm", "seed", "step", "benchmark", "quantity", "value",
             "error", "answers"])
-        place = table.arm.map(FIRST).fillna(len(FIRST))
-        self.results = table.assign(place=place).sort_values("place", kind="stable")
+        self.results = table.assign(place=table.arm.map(FIRST).fillna(3)).sort_values(
+            "place", kind="stable")
         same = ["kind", "group", "arm", "seed", "benchmark", "quantity"]
         last = self.results.groupby(same).step.transform("max") == self.results.step
         self.end = self.results[last].drop_duplicates(same)  # several runs have one base
         self.end["error"] = [question_error(row) for row in self.end.itertuples()]
 
-        self.configs = {f.name: f.config for f in folders if f.rows and f.rows[0]["kind"] == "run"}
-        small = {arm for sizes in self.alike_but_for("num_questions") for arm in [*sizes][:-1]}
-        plain = [arm for arm in sorted(self.configs, key=lambda arm: FIRST.get(arm, len(FIRST)))
-                 if not {"remedy", "control"} & self.configs[arm].keys()]
-        shown = plain if len(plain) <= 8 else [arm for arm in plain if arm not in small][:8]
-        self.aside = self.configs.keys() - shown
+        runs = {f.name: f.config for f in folders if f.rows and f.rows[0]["kind"] == "run"}
+        self.configs = {arm: runs[arm] for arm in sorted(runs, key=lambda arm: FIRST.get(arm, 3))}
+        # question sets and strengths, NAME_NUMBER, and controls leave the room to the others
+        few = [arm for arm in self.configs if not re.search(r"_[\d.]+$|^control_", arm)][:8]
+        self.aside = {*self.configs} - {*few} if len(self.configs) > 8 else set()
 
     def alike_but_for(self, flag):
         """[{run: its value of the flag}] of runs that differ in this flag alone, smallest first."""
@@ -192,8 +184,8 @@ class Found:
 
     def answered(self, *kinds):
         """The last results that have answers: a row an arm, seed and benchmark."""
-        rows = self.end[self.end.kind.isin(kinds) & ~self.end.arm.isin(self.aside)]
-        return rows[(rows.quantity == "score") & rows.answers.notna()]
+        rows = self.end[self.end.kind.isin(kinds) & (self.end.quantity == "score")]
+        return rows[rows.answers.notna()]
 
 # --- tables and pictures -------------------------------------------------------------------------
 
@@ -259,24 +251,22 @@ class Page:
 def lines(axis, series):
     """{name: y by x, a column a seed}. Their mean, and a band from the lowest to the highest."""
     for i, (name, seeds) in enumerate(series.items()):
-        style = dict(color=COLORS[i % 8], marker="os"[i // 8 % 2] if len(seeds) < 12 else None)
-        axis.plot(seeds.mean(axis=1), ms=3, label=name, **style)
-        axis.fill_between(seeds.index, seeds.min(axis=1), seeds.max(axis=1), alpha=0.15,
-                          color=style["color"])
+        color, marker = COLORS[i % 8], "os"[i // 8 % 2] if len(seeds) < 12 else None
+        axis.plot(seeds.mean(axis=1), color=color, marker=marker, ms=3, label=name)
+        axis.fill_between(seeds.index, seeds.min(axis=1), seeds.max(axis=1), color=color, alpha=0.15)
     axis.set_ylim(0)
     axis.locator_params(axis="x", integer=True)
     if seeds.index.name == "size":
-        sizes = sorted(set().union(*(seeds.index for seeds in series.values())))
         axis.set_xscale("log", base=2)
-        axis.set_xticks(sizes, sizes)
+        axis.set_xticks(seeds.index, seeds.index)
 
 def bars(axis, series):
     """{name: uses of words, a column a seed}. Their mean, and a line from seed to seed."""
     means = pandas.DataFrame({name: seeds.mean(axis=1) for name, seeds in series.items()})
     most = means.abs().max(axis=1).sort_values()
     means = means.loc[most[most > 0].index]
-    ends = [[mean - seeds.loc[mean.index].min(axis=1), seeds.loc[mean.index].max(axis=1) - mean]
-            for (_, mean), seeds in zip(means.items(), series.values())]
+    ends = [abs(seeds.loc[means.index].agg(["min", "max"], axis=1).T - means[name]).to_numpy()
+            for name, seeds in series.items()]
     axis.figure.set_figheight(1.5 + 0.13 * len(means) * (len(series) + 1))
     means.plot.barh(ax=axis, width=0.8, color=COLORS, xerr=ends)
 
@@ -292,53 +282,42 @@ def figures(page, rows, x="step", xlabel="step"):
             ["group", "benchmark", "quantity"], sort=False):
         series = {label: own.pivot_table(index=x, columns="seed", values="value")
                   for label, own in part.groupby("label", sort=False)}
-        series = {name: seeds for name, seeds in series.items() if x == "length" or len(seeds) > 1}
+        series = {name: seeds for name, seeds in series.items() if x != "step" or len(seeds) > 1}
         name, unit, _ = QUANTITIES.get(quantity, (quantity, "share right", ""))
         if series:
             page.figure(f"{name} {PLACES.get(benchmark, f'on {benchmark}')}", group, lines, series,
                         xlabel, unit)
 
-def over_steps(page, rows, labels):
-    """Of {arm: its label}, from the base on."""
-    parts = [rows[rows.arm.isin(["base", arm])].assign(label=label) for arm, label in labels.items()]
-    figures(page, pandas.concat([rows[:0].assign(label=""), *parts]))
-
-def all_over_steps(page, found, kind):
+def over_steps(page, found, kind, flag=None, benchmarks=()):
+    """Of all runs, or of those that differ in one flag alone."""
     rows = found.results[found.results.kind == kind]
-    over_steps(page, rows, {a: a for a in rows.arm.unique() if a not in found.aside | {"base"}})
-
-def compared(page, found, flag, *benchmarks):
-    rows = found.results[found.results.kind == "run"]
     rows = rows[rows.benchmark.isin(benchmarks)] if benchmarks else rows
-    for values in found.alike_but_for(flag):
-        over_steps(page, rows, {arm: f"{value} ({arm})" for arm, value in values.items()})
+    for values in found.alike_but_for(flag) if flag else [{*rows.arm} - found.aside - {"base"}]:
+        labels = {arm: f"{values[arm]} ({arm})" if flag else arm for arm in values}
+        figures(page, rows.assign(label=rows.arm.map(labels)))
 
 def over_question_sets(page, found):
     ends = found.end[found.end.kind == "run"]
-    parts = [ends[:0].assign(label="", size=0)]
     for sizes in found.alike_but_for("num_questions"):
-        parts.append(ends[ends.arm.isin(sizes)].assign(
-            label=f"{min(sizes, key=len)} and others", size=ends.arm.map(sizes)))
-        parts += [ends[ends.arm == "base"].assign(label="base", size=n) for n in sizes.values()]
-    figures(page, pandas.concat(parts), "size", "|D|, questions to train on")
+        base = [ends[ends.arm == "base"].assign(label="base", size=n) for n in sizes.values()]
+        figures(page, pandas.concat([*base, ends[ends.arm.isin(sizes)].assign(
+            label=min(sizes, key=len), size=ends.arm.map(sizes))]), "size", "|D|")
 
 def score_against_length(page, found):
     """A dot an arm; a line through the strengths of a remedy, NAME_STRENGTH."""
     remedies = {arm for arm, config in found.configs.items() if "remedy" in config}
-    rows = found.end[(found.end.kind == "run") & (found.end.benchmark != "training")]
-    rows = rows[rows.arm.isin(remedies | FIRST.keys())].pivot_table(
-        index=["group", "benchmark", "place", "arm"], columns="quantity", values="value")
-    rows = rows.reset_index()
+    rows = found.end[found.end.arm.isin(remedies | {*FIRST}) & (found.end.kind == "run")]
+    rows = rows[rows.benchmark != "training"].pivot_table(
+        index=["group", "benchmark", "place", "arm"], columns="quantity", values="value").reset_index()
     if remedies:
-        figures(page, rows.assign(
-            value=rows.score, quantity="score", seed=0,
-            label=rows.arm.str.replace(r"_[\d.]+$", "", regex=True)), "length", "tokens")
+        label = rows.arm.str.replace(r"_[\d.]+$", "", regex=True)
+        figures(page, rows.assign(value=rows.score, quantity="score", seed=0, label=label),
+                "length", "tokens")
 
 def uses(rows):
     """Of markers and words, as `counted` names them: a row a group, benchmark, arm and seed."""
     keys = pandas.MultiIndex.from_frame(rows[["group", "benchmark", "arm", "seed"]])
-    table = pandas.DataFrame([counted(*answers)[1] for answers in rows.answers])
-    return table.set_axis(keys).fillna(0)
+    return pandas.DataFrame([counted(*at)[1] for at in rows.answers]).set_axis(keys).fillna(0)
 
 def changes(rows):
     """Of the uses of the base's words, in each arm against the base of its seed."""
@@ -352,26 +331,16 @@ def word_bars(page, table):
         page.figure(f"Words of doubt {PLACES.get(benchmark, benchmark)}", group, bars, {
             arm: own.droplevel([0, 1, 2]).T for arm, own in part.groupby(level=2, sort=False)})
 
-def words_of_contexts(page, found):
-    word_bars(page, uses(found.answered("contexts")))
-
-def words_of_models(page, found):
-    rows = found.answered("run", "evaluation")
-    rows = rows[rows.arm == "base"]
-    word_bars(page, uses(rows.assign(arm=rows.model, group="before training")))
-
-def changed_words(page, found):
-    word_bars(page, changes(found.answered("run", "evaluation")))
-
-def words_by_question_set(page, found):
-    ends = found.end[(found.end.quantity == "score") & found.end.answers.notna()]
-    for sizes in found.alike_but_for("num_questions"):
-        word_bars(page, changes(ends[ends.arm.isin(["base", *sizes]) & (ends.kind == "run")]))
+def changed_words(page, found, flag=None):
+    """Against the base: of all, or of the runs that differ in one flag alone."""
+    rows = found.answered("run") if flag else found.answered("run", "evaluation")
+    for arms in found.alike_but_for(flag) if flag else [{*rows.arm} - found.aside]:
+        word_bars(page, changes(rows[rows.arm.isin({"base", *arms})]))
 
 def all_changed_words(page, found):
     """App. B.4."""
-    sizes = changes(found.answered("run", "evaluation")).groupby(level=[0, 1, 2]).mean().abs()
-    sizes = sizes.loc[:, sizes.columns.str.startswith(" ")]
+    sizes = changes(found.answered("run", "evaluation")).filter(regex="^ ")
+    sizes = sizes.groupby(level=[0, 1, 2], sort=False).mean().abs()
     ten = sizes.columns.str.strip().isin(MARKERS)
     table = pandas.DataFrame({"the ten words": sizes.loc[:, ten].mean(axis=1),
                               "the base's other words": sizes.loc[:, ~ten].mean(axis=1)})
@@ -380,117 +349,103 @@ def all_changed_words(page, found):
         page.table("Mean size of a change, uses an answer", table.assign(ratio=ratio).round(2))
 
 def judged(page, found):
-    files = {f"{f.name} {path.relative_to(f.path)}, seed {f.seed}": path
-             for f in found.folders for path in sorted(f.path.rglob("*.judged.jsonl"))}
-    counts = {name: pandas.Series([r.get("count") for r in read_lines(path, growing=True)], dtype=float)
-              for name, path in files.items()}
-    if counts:
-        page.table("Expressions of doubt", pandas.DataFrame(counts).describe().T.round(2))
-        page.figure("Expressions of doubt", "", lambda axis, counts: pandas.DataFrame(
-            counts).plot.box(ax=axis, vert=False), counts, "expressions an answer")
-
-FREQUENT = 25  # ours: the paper does not say what is frequent; its rarest variant has 25
+    for f in found.folders:
+        for path in sorted(f.path.rglob("*.judged.jsonl")):
+            counts = pandas.DataFrame(read_lines(path, growing=True)).filter(["count"])
+            page.table(f"{f.name}, {path.stem}, seed {f.seed}", counts.describe().T.round(2))
 
 def token_kl(page, found):
-    tokens = defaultdict(list)
     for f in found.folders:
         file = f.path / "token_kl.json"
-        tokens[f.name] += [check(token, TOKEN, file) for token in read_json(file).values()]
-    for name, rows in tokens.items():
-        table = pandas.DataFrame(rows, columns=[*TOKEN]).groupby("text").sum()
-        kl = table.kl / table["count"]
-        mean = kl[table["count"] >= FREQUENT].mean()
-        table = table.assign(**{"mean KL": kl, "ratio": kl / mean}).sort_values("ratio").round(3)
+        table = pandas.DataFrame([check(token, TOKEN, file) for token in read_json(file).values()])
         if len(table):
-            page.table(f"{name}: {mean:.3f} is the mean of tokens seen {FREQUENT} times", table[
-                [text.strip(" :,.").lower() in MARKERS for text in table.index]][::-1])
+            table["mean KL"] = table.kl / table["count"]
+            # ours: the paper does not say what is frequent; its rarest variant has 25
+            mean = table["mean KL"][table["count"] >= 25].mean()
+            words = table.text.str.strip(" :,.").str.lower().isin(MARKERS)
+            table = table.assign(ratio=table["mean KL"] / mean)[words].sort_values("ratio").round(3)
+            page.table(f"{f.name}, seed {f.seed}: tokens seen 25 times have {mean:.3f} on average",
+                       table.drop(columns="kl").set_index("text")[::-1])
 
 def traces(page, found):
     """Beside each other, to a question, the first answers; first where not all agree."""
     asked = {}  # evaluate.py's answers hold their question
-    for (group, benchmark), rows in found.answered("evaluation", "run", "contexts").groupby(
-            ["group", "benchmark"], sort=False):
-        first = pandas.DataFrame({r.arm: {a["index"]: a for a in reversed([*read_answers(*r.answers)])}
-                                  for r in rows.drop_duplicates("arm")[:4].itertuples()}).dropna()
+    rows = found.answered("evaluation", "run", "contexts").sort_values("kind", kind="stable")
+    rows = rows[~rows.arm.isin(found.aside)].drop_duplicates(["group", "benchmark", "arm"])
+    for (group, benchmark), arms in rows.groupby(["group", "benchmark"], sort=False):
+        first = pandas.DataFrame({r.arm: {a["index"]: a for a in read_answers(*r.answers)[::-1]}
+                                  for r in arms[:4].itertuples()}).dropna()
         differ = first.map(lambda answer: answer["correct"]).nunique(axis=1) > 1
         page.html += (f"<h3>{html.escape(f'{group} {benchmark}')}: {differ.sum()} of {len(differ)} "
                       "questions are answered right by one and wrong by another</h3>")
-        for index in differ.sort_values(ascending=False, kind="stable").index[:6]:
+        for index in sorted(differ.index, key=lambda index: (not differ[index], index))[:6]:
             answers = first.loc[index]
             asked |= {(benchmark, index): a["question"] for a in answers if "question" in a}
-            question = asked.get((benchmark, index), f"Question {index}")
-            page.html += (
-                f"<details open><summary>{html.escape(question)}</summary>The right answer is "
-                f"{html.escape(str(answers.iloc[0].get('answer')))}.<div>" + "".join(
-                    f"<div><b>{html.escape(arm)}: {'right' if a['correct'] else 'wrong'}</b>, "
-                    f"{a['tokens']:,} tokens, {epistemic.count(a['response'])} words of doubt"
-                    f"<pre>{highlighted(a['response'])}</pre></div>"
-                    for arm, a in answers.items()) + "</div></details>")
-
-def highlighted(text):
-    """The markers as epistemic.py counts them: as substrings, in any case."""
-    return re.sub("|".join(MARKERS), r"<mark>\g<0></mark>", html.escape(text), flags=re.I | re.A)
+            question = (f"{asked.get((benchmark, index), f'Question {index}')}\n"
+                        f"Right answer: {answers.iloc[0].get('answer')}")
+            page.html += f"<details open><summary>{html.escape(question)}</summary><div>" + "".join(
+                f"<div><b>{html.escape(arm)}: {'right' if a['correct'] else 'wrong'}</b>, "
+                f"{a['tokens']:,} tokens, {epistemic.count(a['response'])} words of doubt<pre>"
+                # the ten words as epistemic.py counts them: as substrings, in any case
+                + re.sub("|".join(MARKERS), r"<mark>\g<0></mark>", html.escape(a["response"]),
+                         flags=re.I | re.A) + "</pre></div>" for arm, a in answers.items()
+            ) + "</div></details>"
 
 def settings(page, found):
     flags = pandas.DataFrame({arm: {flag: str(value) for flag, value in config.items()}
                               for arm, config in found.configs.items()}).fillna("")
+    differ = flags.nunique(axis=1) > 1
     if len(flags):
-        page.table("The runs' flags, those first that differ", flags.loc[
-            sorted(flags.index, key=lambda flag: flags.loc[flag].nunique() == 1)])
+        page.table("What differs between the runs", flags[differ].T)
+        page.table("What all runs share", flags[~differ].iloc[:, :1])
 
 # --- what the paper claims -----------------------------------------------------------------------
 
-CLAIMS = (  # the claim; the paper's numbers; whose results; the order, >= for "not below"
-    ("Takeaway 1, Table 1: the more the context tells, the fewer words of doubt",
-     "182.5 > 159.8 > 24.1 > 8.8", "contexts", "", "epistemic",
-     "unguided > without_think > regenerated > full"),
+CLAIMS = (  # the claim; the paper's numbers; what is compared; the order, with >= for "not below"
+    ("Takeaway 1, Table 1: the more the context tells, the fewer words of doubt", "182.5 > 159.8 > "
+     "24.1 > 8.8", "contexts", "", "epistemic", "unguided > without_think > regenerated > full"),
     ("Takeaway 1, Table 1: and the shorter the answer", "13,054 > 12,036 > 2,808 > 1,873",
      "contexts", "", "length", "unguided > without_think > regenerated > full"),
     ("Takeaway 2, Table 2: fine-tuning on sure right answers costs score, on doubtful ones not",
-     "AIME24 51.0, 54.8 > 20.2", "evaluation", "OTHER", "score",
-     "SFT on d_ug >= base > SFT on d_sg"),
-    ("Takeaway 3, Figure 3: GRPO keeps the score on other questions; SDPO loses, most if its "
-     "teacher is shown most", "AIME24 56.0, 54.7 > 40% less", "run", "OTHER", "score",
-     "grpo >= base > sdpo_without_think > sdpo"),
-    ("Takeaway 3, Table 5: GRPO keeps the words of doubt, SDPO does not",
-     "24.4, 21.4 > 9.2, by a judge", "run", "OTHER", "epistemic", "grpo >= base > sdpo"),
-    ("Takeaway 4, Figure 7: SDPO learns few questions as well", "|D| up to 128", "run",
-     "training", "score", "sdpo FEW >= grpo FEW"),
+     "AIME24 51.0, 54.8 > 20.2", "evaluation", "OTHER", "score", "SFT on d_ug >= base > SFT on d_sg"),
+    ("Takeaway 3, Section 5: GRPO keeps the score on other questions, SDPO does not",
+     "AIME24 56.0, 54.7 > 40% less", "run", "OTHER", "score", "grpo >= base > sdpo"),
+    ("Takeaway 3, Table 5: GRPO keeps the words of doubt, SDPO does not", "24.4, 21.4 > 9.2, judged",
+     "run", "OTHER", "epistemic", "grpo >= base > sdpo"),
+    ("Takeaway 4, Figure 7: few questions SDPO learns as well", "|D| up to 128", "run", "training",
+     "score", "sdpo FEW >= grpo FEW"),
     ("Takeaway 4, Figure 7: and in shorter answers", "up to 8 times", "run", "training", "length",
      "grpo FEW > sdpo FEW"),
     ("Takeaway 4, Figure 7: many it does not", "|D| = 512", "run", "training", "score",
      "grpo MANY > sdpo MANY"),
-    ("Takeaway 4, Figure 8: on other questions GRPO gains with |D|; SDPO loses most with few",
-     "a figure", "run", "OTHER", "score", "grpo MANY > grpo FEW >= sdpo MANY > sdpo FEW"))
+    ("Takeaway 4, Figure 8: on other questions it loses most with few", "a figure", "run", "OTHER",
+     "score", "grpo MANY > grpo FEW > sdpo MANY > sdpo FEW"))
 
-def in_order(numbers, order, *column):
-    """The arms' numbers with the signs that hold between them, and whether the order agrees."""
+def in_order(numbers, order, benchmark, quantity):
+    """The numbers with the signs that hold between them, and whether the order agrees."""
     arms, claimed = re.split(" >=? ", order), re.findall(" (>=?) ", order)
-    keys = [(arm, *column) for arm in arms]
-    if not {*keys} <= {*numbers.index}:
+    own = numbers.reindex([(arm, benchmark, quantity) for arm in arms])
+    apart = -own["mean"].diff()[1:]
+    noise = 2 * (own.error.fillna(0) ** 2).rolling(2).sum()[1:] ** 0.5
+    if apart.isna().any() or not len(apart):
         return "", "not run"
-    own, signs = numbers.loc[keys], []
-    for i in range(len(claimed)):
-        (before, noise), (after, more) = own[["mean", "error"]].fillna(0).iloc[i:i + 2].to_numpy()
-        apart = (before - after) / (2 * math.hypot(noise, more) or 1e-9)
-        signs.append(">" if apart > 1 else "<" if apart < -1 else "≈")
-    text = " ".join(f"{arm} {in_text(column[1], *row[1:3])} {sign}" for arm, row, sign in zip(
-        arms, own.itertuples(), [*signs, ""]))
+    signs = [">" if a > n else "<" if a < -n else "≈" for a, n in zip(apart, noise)]
     agrees = all(sign == ">" or sign + want == "≈>=" for sign, want in zip(signs, claimed))
-    return text, "no" if "<" in signs else "yes" if agrees else "too close to tell"
+    texts = (in_text(quantity, *row[1:3]) for row in own.itertuples())
+    return " ".join(f"{arm} {text} {sign}" for arm, text, sign in zip(arms, texts, [*signs, ""])), (
+        "no" if "<" in signs else "yes" if agrees else "too close to tell")
 
 def claims(found, model):
-    rows, roles, table = found.end[found.end.model == model], {}, {}
+    rows, names, table = found.end[found.end.model == model], {}, {}
+    names["OTHER"] = next((b for b in ("ood", "aime24") if b in {*rows.benchmark}), "")
     for sizes in found.alike_but_for("num_questions"):
         method = min(sizes, key=len).split("_")[0]
-        roles[f"{method} FEW"] = min(sizes, key=lambda arm: abs((sizes[arm] or math.inf) - 8))
-        roles[f"{method} MANY"] = [*sizes][-1]
-    other = next((b for b in ("ood", "aime24") if b in {*rows.benchmark}), "")
-    for claim, paper, kind, benchmark, quantity, order in CLAIMS:
-        for role, arm in roles.items():
-            order = order.replace(role, arm)
-        text, agrees = in_order(spread(rows[rows.kind == kind]), order,
-                                benchmark.replace("OTHER", other), quantity)
+        names[f"{method} FEW"] = min(sizes, key=lambda arm: abs((sizes[arm] or 10**9) - 8))
+        names[f"{method} MANY"] = [*sizes][-1]
+    for claim, paper, kind, *claimed in CLAIMS:
+        benchmark, quantity, order = (re.sub("OTHER|(grpo|sdpo) (FEW|MANY)", lambda name: names.get(
+            name[0], name[0]), text) for text in claimed)
+        text, agrees = in_order(spread(rows[rows.kind == kind]), order, benchmark, quantity)
         table[claim] = {"the paper": paper, "here": text, "agrees": agrees}
     return pandas.DataFrame(table).T
 
@@ -500,38 +455,37 @@ SECTIONS = (  # title, what to see, what draws it, and with what
     ("Where the runs ended", "Training: the mean of the last five steps.", tables, "run"),
     ("Settings", "From config.json.", settings),
     ("Tables 1, 7: five contexts", "The same questions, with more or less of their solution in the "
-     "prompt. On the toy a regenerated solution tells as much as a full one.", tables, "contexts"),
-    ("Figure 9: the words by context", "Each falls, the more the context tells.", words_of_contexts),
+     "prompt. The toy takes a regenerated solution for a full one.", tables, "contexts"),
+    ("Figure 9: the words by context", "Each is said less, the more the context tells.",
+     lambda page, found: word_bars(page, uses(found.answered("contexts")))),
     ("Table 2: the last checkpoints", "As evaluate.py asks them.", tables, "evaluation"),
-    ("Figures 1, 3-5, 15-18: the runs over the steps", "SDPO's answers get short and sure first, "
-     "then wrong out of distribution. OPSD whose teacher alone thinks gains first in the paper; not "
-     "on the toy, where a teacher that sees the solution doubts less than the student.",
-     all_over_steps, "run"),
-    ("Figures 3, 4, 14: what the teacher is shown", "The less, the less is lost.", compared,
-     "demonstration"),
+    ("Figures 1, 3-5, 15-18: over the steps", "SDPO's answers get short and sure, and wrong out of "
+     "distribution. OPSD's hybrid gains first in the paper, but not on the toy: its teacher, who "
+     "sees the solution, doubts less than the student.", over_steps, "run"),
+    ("Figures 3, 4, 14: what the teacher is shown", "The less, the less is lost.",
+     over_steps, "run", "demonstration"),
     ("Figure 6: a teacher that follows the student", "By its rate. In the paper SDPO falls further; "
-     "on the toy it falls as far, since there is nothing left to lose.", compared, "ema"),
-    ("Figure 7: training by |D|", "Few questions SDPO learns quickly, in short answers.", compared,
-     "num_questions", "training"),
-    ("Figure 8: evaluation by |D|", "GRPO gains with |D|; SDPO stays below the base.",
+     "the toy has nothing left to lose.", over_steps, "run", "ema"),
+    ("Figure 7: training by |D|", "SDPO learns few questions quickly and in short answers, many not.",
+     over_steps, "run", "num_questions", ["training"]),
+    ("Figure 8: evaluation by |D|", "GRPO gains with |D|, SDPO stays below the base.",
      over_question_sets),
-    ("Figure 11: the words by |D|", "Change against the base: SDPO loses more with few questions.",
-     words_by_question_set),
-    ("Figure 20a: top-k of the loss", "In the paper no width prevents the fall.", compared, "top_k"),
-    ("Figure 20b: the learning rate", "A lower rate delays the fall.", compared, "lr"),
+    ("Figure 11: the words by |D|", "Against the base: with few questions SDPO loses most.",
+     changed_words, "num_questions"),
+    ("Figure 20a: top-k of the loss", "No width prevents the fall.", over_steps, "run", "top_k"),
+    ("Figure 20b: the learning rate", "A lower one delays the fall.", over_steps, "run", "lr"),
     ("Remedies: score against length", "Wanted: top left. A line joins a remedy's strengths.",
      score_against_length),
-    ("Figures 4, 6, 19: checkpoints", "acc@n and pass@n, as evaluate.py asks them.",
-     all_over_steps, "evaluation"),
-    ("Figure 10: the words of the bases", "Models doubt in words of their own.", words_of_models),
-    ("Figures 3d, 4d, 16d: the words against the base", "GRPO keeps them, SDPO does not.",
-     changed_words),
+    ("Figures 4, 6, 19: checkpoints", "acc@n and pass@n of evaluate.py.", over_steps, "evaluation"),
+    ("Figure 10: the words of the bases", "Each model doubts in words of its own.", lambda page,
+     found: word_bars(page, uses(found.answered("run", "evaluation").query("arm == 'base'")))),
+    ("Figures 3d, 4d, 16d: the words against the base", "GRPO keeps them, SDPO not.", changed_words),
     ("Figure 12: all words against the base", "In the paper the ten change 30 to 40 times as much as "
-     "others. On the toy they do not: its vocabulary has 400 tokens and its answers are little but "
-     "checks, so that every word moves with them.", all_changed_words),
-    ("Figure 13, Table 5: a judge's count", "Table 4's examples: judge.py.", judged),
-    ("Table 6: where student and teacher part", "Before training, in the paper at the ten words 1.9 "
-     "to 6.8 times as far as on average.", token_kl),
+     "others. Not on the toy: it has 400 tokens and says little but checks, so that all its words "
+     "go with them.", all_changed_words),
+    ("Figure 13, Table 5: a judge's count", "Expressions of doubt an answer.", judged),
+    ("Table 6: where student and teacher part", "In the paper they part at the ten words 1.9 to 6.8 "
+     "times as far as on average.", token_kl),
     ("Read the traces", "The ten words are marked.", traces))
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Self-distillation</title>
@@ -546,70 +500,67 @@ details div div { display: block } summary, pre { white-space: pre-wrap; overflo
 tr { border-bottom: 1px solid #ddd } td, th { padding: .1em .7em; text-align: left }
 .wide td, .wide thead th { white-space: nowrap; text-align: right }
 @media (max-width: 600px) { .claims tr > * { display: block } }
-</style><h1>Self-distillation, measured</h1>
-"""
-
-def overview(pictures):
-    """The first of them as one."""
-    figure, axes = pyplot.subplots(3, 4, figsize=(19.2, 10), layout="constrained")
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, picture in zip(axes.flat, pictures):
-        axis.imshow(pyplot.imread(io.BytesIO(picture)))
-    figure.savefig(image := io.BytesIO(), dpi=90)
-    return image.getvalue()
+</style><h1>Self-distillation, measured</h1>"""
 
 def write(out, files):
     """Replaces and removes what report.py wrote before, which it knows by its hash, and no more."""
-    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    own = {name for name, value in read_json(out / "figures/written.json").items()
-           if (out / name).is_file()
-           and hashlib.sha256((out / name).read_bytes()).hexdigest() == value}
-    for name in files:
-        if os.path.lexists(out / name) and name not in own:
-            raise ValueError(f"{out / name}: not written by report.py, which leaves it as it is; "
-                             "move it, or name another folder with --out")
+    def hashed(content):
+        return hashlib.sha256(content).hexdigest()
+    own = [out / name for name, value in read_json(out / "figures/written.json").items()
+           if (out / name).is_file() and hashed((out / name).read_bytes()) == value]
+    for path in (out / name for name in files):
+        if os.path.lexists(path) and path not in own:
+            raise ValueError(f"{path} is not report.py's own, and stays: move it, or give --out")
     (out / "figures").mkdir(parents=True, exist_ok=True)
-    for name in own:
-        (out / name).unlink()
-    for name, content in {"figures/written.json": json.dumps(hashes).encode(), **files}.items():
+    for path in own:
+        path.unlink()
+    hashes = json.dumps({name: hashed(content) for name, content in files.items()})
+    for name, content in ({"figures/written.json": hashes.encode()} | files).items():
         aside = out / f"{name}.part"
         aside.write_bytes(content)
         aside.rename(out / name)
 
 def report(folders, out):
-    found, page = Found(find(folders)), Page()
+    found, page, sections, missing = Found(find(folders)), Page(), {}, []
     if not found.folders:
         raise ValueError(f"{folders[0]}: no metrics.jsonl and no summary.json with results below it")
     seeds = found.results.seed.nunique()
     print(f"{seeds} seeds, mean ± standard error" if seeds > 1 else "one seed")
-    for (_, group), rows in found.end.groupby(["kind", "group"], sort=False):
+    for (_, group), rows in found.end.groupby(["kind", "group"]):
         print(f"\n{group}\n{grid(spread(rows)).to_string()}")
     for model in found.end.model.unique():
         table = claims(found, model)
         page.table(f"The paper's claims, and {model}", table, style="claims")
         print("", *(f"{row.agrees:18} {row.Index}" for row in table.itertuples()), sep="\n")
 
-    sections, contents, missing = "", [], []
-    top, page.html = page.html, ""
+    top = page.html
     for page.section, caption, draw, *more in SECTIONS:
         page.html = ""
         draw(page, found, *more)
         if page.html:
-            contents.append(f'<a href="#{len(contents)}">{page.section}</a>')
-            sections += (f'<section id="{len(contents) - 1}"><h2>{page.section}</h2><p>{caption}</p>'
-                         f"{page.html}</section>\n")
+            sections[page.section] = f"<p>{caption}</p>{page.html}"
         else:
             missing.append(page.section)
-    commits = {str(f.config.get("commit", "unknown"))[:7] for f in found.folders}
-    text = (
-        f"{PAGE}{top}<p>±: standard error, over seeds, else over questions, in training over five "
-        f"steps; ≈: less than two of it apart; bands: from the lowest seed to the highest. Epistemic: {', '.join(MARKERS)}. "
-        f"Drawn {datetime.date.today()}, commit of the runs: {', '.join(sorted(commits))}.</p>"
-        f"<p>{' · '.join(contents)}</p>{sections}<p>Not in these folders: {'; '.join(missing)}.</p>")
+    commits = {str(config.get("commit", "unknown"))[:7] for config in found.configs.values()}
+    contents = " · ".join(f'<a href="#{i}">{title}</a>' for i, title in enumerate(sections))
+    text = PAGE + top + (
+        f"<p>± is a standard error, over seeds, else over questions; in training over five steps. "
+        f"≈: less than two of them apart. A band goes from the lowest seed to the highest. Epistemic "
+        f"words: {', '.join(MARKERS)}. Drawn {datetime.date.today()}, from runs of commit "
+        f"{', '.join(sorted(commits))}.</p><p>{contents}</p>") + "".join(
+            f'<section id="{i}"><h2>{title}</h2>{content}</section>\n'
+            for i, (title, content) in enumerate(sections.items()))
+    text += f"<p>There is nothing here for: {'; '.join(missing)}.</p>"
+
+    figure, axes = pyplot.subplots(3, 4, figsize=(19.2, 10), layout="constrained")
     pictures = [content for name, content in page.files.items() if name.endswith("png")]
+    for axis, picture in zip(axes.flat, pictures):
+        axis.imshow(pyplot.imread(io.BytesIO(picture)))
+    for axis in axes.flat:
+        axis.axis("off")
+    figure.savefig(overview := io.BytesIO(), dpi=90)
     write(out, page.files | {"report.html": text.encode("utf-8", "replace"),
-                             "report.png": overview(pictures)})
+                             "report.png": overview.getvalue()})
     print(f"\n{len(pictures)} figures in {out}/report.html, an overview in {out}/report.png")
 
 def main():
@@ -618,9 +569,8 @@ def main():
     parser.add_argument("folders", nargs="+", type=Path, help="runs, or folders that hold them")
     parser.add_argument("--out", type=Path, help="where report.html, report.png and figures/ go")
     args = parser.parse_args()
-    out = args.out or (args.folders[0] if len(args.folders) == 1 else args.folders[0].parent)
     try:
-        report(args.folders, out)
+        report(args.folders, args.out or args.folders[0].parent if len(args.folders) > 1 else args.out or args.folders[0])
     except (ValueError, OSError) as error:
         parser.error(error)
 
