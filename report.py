@@ -1,16 +1,13 @@
 """Every figure and table of the paper, from the files that the scripts leave. Imports none of them.
 
-    python report.py runs/demo                # what `make demo` left: conditions, sft, grpo, sdpo
-    python report.py runs/study/seed_*        # `make study`; runs of one name are seeds of one arm
-    python report.py runs                     # all there is below, also while a run goes on
+    python report.py runs/demo                # a run, or all that lies below, also while it goes on
+    python report.py runs/study/seed_*        # runs of one name are the seeds of one arm
 
-Prints the main tables. Writes into --out (else the given folder, or the one above several)
-report.html, which needs no network, report.png, an overview, and figures/, every figure as PNG and
-every table as CSV. SECTIONS, near the end, lists them all.
+Prints the main tables. Writes report.html, which needs no network, report.png, an overview, and
+figures/, each figure as PNG and each table as CSV. SECTIONS, near the end, lists them all.
 """
 import argparse
 import base64
-import datetime
 import functools
 import hashlib
 import html
@@ -20,7 +17,6 @@ import os
 import re
 from collections import Counter, defaultdict
 from pathlib import Path, PurePath
-from types import SimpleNamespace
 
 import matplotlib
 matplotlib.use("Agg")
@@ -44,7 +40,7 @@ def check(record, fields, where):
         raise ValueError(f"{where}: no object with {', '.join(fields) or 'named fields'}")
     return record
 
-def parse(text, fields, where):
+def parse(text, where, fields={}):
     try:
         record = json.loads(text, strict=False)  # a model's text may hold raw control characters
     except (ValueError, RecursionError):
@@ -52,14 +48,13 @@ def parse(text, fields, where):
     return check(record, fields, where)
 
 def read_json(path):
-    return parse(path.read_bytes(), {}, path) if path.exists() else {}
+    return parse(path.read_bytes(), path) if path.exists() else {}
 
 def read_lines(path, fields={}, growing=False):
     rows = path.read_bytes().splitlines(True) if path.exists() else []
     if growing and rows and not rows[-1].endswith(b"\n"):
-        del rows[-1]  # half a row: the run goes on
-    for number, text in enumerate(rows, 1):
-        yield parse(text, fields, f"{path}, row {number}")
+        rows.pop()  # half a row: the run goes on
+    return [parse(row, f"{path}, row {number}", fields) for number, row in enumerate(rows, 1)]
 
 def read_answers(path, benchmark):
     """Those of a file; of one benchmark, if it is named."""
@@ -67,8 +62,7 @@ def read_answers(path, benchmark):
 
 @functools.cache
 def counted(path, benchmark):
-    """A row an answer, without its text; and the uses an answer of each marker and, with a blank
-    before it, of each word."""
+    """The answers without texts; uses an answer of each marker and, after a blank, each word."""
     rows, uses = read_answers(path, benchmark), Counter()
     for row in rows:
         text = row.pop("response")
@@ -85,19 +79,22 @@ def question_error(row):
         return row.error
     return counted(*row.answers)[0].groupby("index")[row.quantity].mean().sem()
 
-def results(means, where, answers, **same):
-    """Rows of the one table that all is drawn from, a quantity each."""
-    check(means, MEANS, where)
-    n = max(check(means.get("pass_at", {}), {}, where), key=int, default="1")
-    values = {q: means[q] for q in MEANS} | ({f"pass@{n}": means["pass_at"][n]} if n != "1" else {})
-    same["answers"] = answers if answers[0].exists() else None
-    return [dict(same, quantity=quantity, value=value) for quantity, value in values.items()]
+def results(table, where, answers, **same):
+    """Of {benchmark: means}, rows of the one table that all is drawn from, a quantity each.
+    `answers`: their file, and the benchmark if the file holds several."""
+    for benchmark, means in check(table, {}, where).items():
+        check(means, MEANS, where)
+        n = max(check(means.get("pass_at", {}), {}, where), key=int, default="1")
+        best = {f"pass@{n}": means["pass_at"][n]} if n != "1" else {}
+        at = answers(benchmark)
+        for quantity, value in ({q: means[q] for q in MEANS} | best).items():
+            yield dict(same, benchmark=benchmark, answers=at if at[0].exists() else None,
+                       quantity=quantity, value=value)
 
-def read_folder(name, seed, path):
-    """A folder's config and results. A result is of a kind: "run", a trainer's; "evaluation",
-    evaluate.py's; "contexts", generate_conditions.py's. All runs of a model are one group, else
-    each folder is one. `answers`: their file, and the benchmark if the file holds several."""
-    config, file, rows = read_json(path / "config.json"), path / "metrics.jsonl", []
+def read_folder(name, seed, path, config):
+    """A folder's results. They are of a kind: "run", a trainer's; "evaluation", evaluate.py's;
+    "contexts", generate_conditions.py's. All runs of a model are one group, else each folder is."""
+    rows, file = [], path / "metrics.jsonl"
     model = config.get("model")  # evaluate.py's is a list, checkpoints among them
     model = min(model, key=lambda m: "/step_" in m) if isinstance(model, list) else model
     model = "/".join(PurePath(str(model)).parts[-2:])
@@ -109,31 +106,28 @@ def read_folder(name, seed, path):
     for i in range(len(steps)):
         five = steps[[*MEANS]][max(i - 4, 0):i + 1]  # one step is too noisy
         rows += [dict(kind="run", group=model, arm=name, step=int(steps.step[i]), quantity=q,
-                      benchmark="training", value=five[q].mean(), error=five[q].sem()) for q in MEANS]
+                      benchmark="training", value=five[q].mean(), error=five[q].sem())
+                 for q in MEANS]
     for file in path.glob("eval/step_*.json"):
-        step, answers = int(file.stem[5:]), file.with_suffix(".jsonl")
-        for benchmark, means in read_json(file).items():
-            for arm in [name] if step else [name, "base"]:
-                rows += results(means, file, (answers, benchmark), kind="run", group=model, arm=arm,
-                                step=step, benchmark=benchmark)
-    file = path / "summary.json"
-    models = check(read_json(file).get("models", {}), {}, file)
-    for evaluated, benchmarks in models.items():
+        step = int(file.stem[5:])
+        for arm in [name] if step else [name, "base"]:
+            rows += results(read_json(file), file, lambda b: (file.with_suffix(".jsonl"), b),
+                            kind="run", group=model, arm=arm, step=step)
+    summary = read_json(file := path / "summary.json")
+    models = check(summary.get("models", {}), {}, file)
+    for evaluated, table in models.items():
         arm, _, step = evaluated.rpartition("/step_")
         arm = f"SFT on {arm}" if arm in ("d_ug", "d_sg") else arm or (
             evaluated if sum("/step_" not in model for model in models) > 1 else "base")
-        for benchmark, means in check(benchmarks, {}, file).items():
-            rows += results(means, file, (path / evaluated / f"{benchmark}.jsonl", None),
-                            kind="evaluation", group=name, arm=arm, benchmark=benchmark,
-                            step=int(step) if step.isdigit() else 0)
-    for context, means in check(read_json(file).get("contexts", {}), {}, file).items():
-        rows += results(means, file, (path / f"{context}.jsonl", None), kind="contexts",
-                        group=name, arm=context, benchmark="", step=0)
-    rows = [dict(row, seed=seed, model=model) for row in rows]
-    return SimpleNamespace(name=name, seed=seed, path=path, config=config, rows=rows)
+        rows += results(table, file, lambda b: (path / evaluated / f"{b}.jsonl", None), arm=arm,
+                        kind="evaluation", group=name, step=int(step) if step.isdigit() else 0)
+    for context, means in check(summary.get("contexts", {}), {}, file).items():
+        rows += results({"": means}, file, lambda _: (path / f"{context}.jsonl", None), arm=context,
+                        kind="contexts", group=name, step=0)
+    return [dict(row, seed=seed, model=model) for row in rows]
 
 def find(roots):
-    """The folders below the roots that hold results; a folder seed_N is no part of a name."""
+    """{(name, seed, path): config} of all folders with results; seed_N is no part of a name."""
     found, top = {}, os.path.commonpath([root.absolute() for root in roots])
     for here, below, files in (i for r in roots for i in os.walk(r.absolute(), followlinks=True)):
         path, real = Path(here), Path(here).resolve()
@@ -144,11 +138,15 @@ def find(roots):
             own = [p for p in path.parts if p not in seeds][-1]
             inner = "/".join(p for p in path.relative_to(top).parts if p not in seeds)
             found[inner or own, int(seeds[-1][5:]), path] = None
-    return [read_folder(*key) for key in sorted(found)]
+    return {key: read_json(key[2] / "config.json") for key in sorted(found)}
 
 # --- choosing ------------------------------------------------------------------------------------
 
-FIRST = dict(base=0, grpo=1, sdpo=2)  # in every table and figure
+def place(arms):
+    """These three come first in every table and figure."""
+    return arms.map(dict(base=0, grpo=1, sdpo=2)).fillna(3)
+
+# flags that change nothing that is compared
 UNCOMPARED = re.compile("run_dir|seed|commit|versions|world_size|resume|wandb|steps|.*_every|"
                         "eval_.*|tokens_per_.*|recompute_.*|offload_.*|gpu_memory_.*")
 
@@ -157,18 +155,18 @@ class Found:
     runs; `aside`: runs that have figures of their own."""
     def __init__(self, folders):
         self.folders = folders
-        table = pandas.DataFrame([row for f in folders for row in f.rows], columns=[
-            "kind", "model", "group", "arm", "seed", "step", "benchmark", "quantity", "value",
-            "error", "answers"])
-        self.results = table.assign(place=table.arm.map(FIRST).fillna(3)).sort_values(
-            "place", kind="stable")
+        self.results = pandas.DataFrame(
+            [row for key, config in folders.items() for row in read_folder(*key, config)],
+            columns=["kind", "model", "group", "arm", "seed", "step", "benchmark", "quantity",
+                     "value", "error", "answers"]).sort_values("arm", kind="stable", key=place)
         same = ["kind", "group", "arm", "seed", "benchmark", "quantity"]
         last = self.results.groupby(same).step.transform("max") == self.results.step
         self.end = self.results[last].drop_duplicates(same)  # several runs have one base
         self.end["error"] = [question_error(row) for row in self.end.itertuples()]
 
-        runs = {f.name: f.config for f in folders if f.rows and f.rows[0]["kind"] == "run"}
-        self.configs = {arm: runs[arm] for arm in sorted(runs, key=lambda arm: FIRST.get(arm, 3))}
+        runs, configs = self.results.arm[self.results.kind == "run"].unique(), {
+            name: config for (name, *_), config in folders.items()}
+        self.configs = {arm: configs[arm] for arm in runs if arm != "base"}
         # question sets and strengths, NAME_NUMBER, and controls leave the room to the others
         few = [arm for arm in self.configs if not re.search(r"_[\d.]+$|^control_", arm)][:8]
         self.aside = {*self.configs} - {*few} if len(self.configs) > 8 else set()
@@ -222,7 +220,7 @@ class Page:
     def __init__(self):
         self.html, self.files, self.section = "", {}, ""
 
-    def add_file(self, title, suffix, content):
+    def add(self, title, suffix, content):
         words = re.sub(r"\W+", "_", f"{self.section.split(':')[0]} {title}".lower()).strip("_")
         name = f"figures/{len(self.files) + 1:03d}_{words[:90]}.{suffix}"
         self.files[name] = content
@@ -231,21 +229,20 @@ class Page:
     def table(self, title, table, numbers=None, style="wide"):
         """`numbers`: what its CSV holds, if that is not the table itself."""
         content = (table if numbers is None else numbers).to_csv().encode("utf-8", "replace")
-        self.html += (f'<div class="{style}"><b>{html.escape(title)}</b> '
-                      f'<a href="{self.add_file(title, "csv", content)}">CSV</a>'
-                      f'{table.to_html(border=0)}</div>')
+        self.html += (f'<div class="{style}"><b>{html.escape(title)}</b> <a href="'
+                      f'{self.add(title, "csv", content)}">CSV</a>{table.to_html(border=0)}</div>')
 
-    def figure(self, title, group, draw, data, xlabel="uses an answer", ylabel=""):
+    def figure(self, title, draw, data, xlabel="uses an answer", ylabel=""):
         """A picture of its own, so that the page sets as many beside each other as have room."""
         figure, axis = pyplot.subplots(figsize=(4.8, 3.3), layout="constrained")
         draw(axis, data)
         axis.set(xlabel=xlabel, ylabel=ylabel)
-        axis.set_title(f"{title}\n{group}", loc="left")
+        axis.set_title(title, loc="left")
         axis.legend(loc="upper left", bbox_to_anchor=(1, 1))  # where it covers nothing
         figure.savefig(image := io.BytesIO(), dpi=120)
         pyplot.close(figure)
-        self.add_file(f"{title} {group}", "png", image.getvalue())
-        self.html += (f'<img alt="{html.escape(f"{title}, {group}")}" src="data:image/png;base64,'
+        self.add(title, "png", image.getvalue())
+        self.html += (f'<img alt="{html.escape(title)}" src="data:image/png;base64,'
                       f'{base64.b64encode(image.getvalue()).decode()}">')
 
 def lines(axis, series):
@@ -253,7 +250,7 @@ def lines(axis, series):
     for i, (name, seeds) in enumerate(series.items()):
         color, marker = COLORS[i % 8], "os"[i // 8 % 2] if len(seeds) < 12 else None
         axis.plot(seeds.mean(axis=1), color=color, marker=marker, ms=3, label=name)
-        axis.fill_between(seeds.index, seeds.min(axis=1), seeds.max(axis=1), color=color, alpha=0.15)
+        axis.fill_between(seeds.index, seeds.min(axis=1), seeds.max(axis=1), color=color, alpha=.15)
     axis.set_ylim(0)
     axis.locator_params(axis="x", integer=True)
     if seeds.index.name == "size":
@@ -261,32 +258,30 @@ def lines(axis, series):
         axis.set_xticks(seeds.index, seeds.index)
 
 def bars(axis, series):
-    """{name: uses of words, a column a seed}. Their mean, and a line from seed to seed."""
+    """{name: uses of words, a column a seed}. Their mean and standard deviation."""
     means = pandas.DataFrame({name: seeds.mean(axis=1) for name, seeds in series.items()})
-    most = means.abs().max(axis=1).sort_values()
-    means = means.loc[most[most > 0].index]
-    ends = [abs(seeds.loc[means.index].agg(["min", "max"], axis=1).T - means[name]).to_numpy()
-            for name, seeds in series.items()]
-    axis.figure.set_figheight(1.5 + 0.13 * len(means) * (len(series) + 1))
-    means.plot.barh(ax=axis, width=0.8, color=COLORS, xerr=ends)
+    spread = pandas.DataFrame({name: seeds.std(axis=1) for name, seeds in series.items()}).fillna(0)
+    said = means.abs().max(axis=1).sort_values().loc[lambda most: most > 0].index
+    axis.figure.set_figheight(1.5 + 0.13 * len(said) * (len(series) + 1))
+    means.loc[said].plot.barh(ax=axis, width=0.8, color=COLORS, xerr=spread.loc[said])
 
 # --- the paper's figures and tables --------------------------------------------------------------
 
-def tables(page, found, kind):
-    for group, rows in found.end[found.end.kind == kind].groupby("group", sort=False):
-        page.table(group, grid(spread(rows)), spread(rows))
+def tables(page, found, *kinds):
+    for kind in kinds:
+        for group, rows in found.end[found.end.kind == kind].groupby("group", sort=False):
+            page.table(group, grid(spread(rows)), spread(rows))
 
 def figures(page, rows, x="step", xlabel="step"):
     """One a benchmark and quantity: a line over x for each `label` of the rows."""
-    for (group, benchmark, quantity), part in rows.groupby(
-            ["group", "benchmark", "quantity"], sort=False):
+    for (group, b, q), part in rows.groupby(["group", "benchmark", "quantity"], sort=False):
         series = {label: own.pivot_table(index=x, columns="seed", values="value")
                   for label, own in part.groupby("label", sort=False)}
         series = {name: seeds for name, seeds in series.items() if x != "step" or len(seeds) > 1}
-        name, unit, _ = QUANTITIES.get(quantity, (quantity, "share right", ""))
+        name, unit, _ = QUANTITIES.get(q, (q, "share right", ""))
         if series:
-            page.figure(f"{name} {PLACES.get(benchmark, f'on {benchmark}')}", group, lines, series,
-                        xlabel, unit)
+            title = f"{name} {PLACES.get(b, f'on {b}')}\n{group}"
+            page.figure(title, lines, series, xlabel, unit)
 
 def over_steps(page, found, kind, flag=None, benchmarks=()):
     """Of all runs, or of those that differ in one flag alone."""
@@ -305,14 +300,13 @@ def over_question_sets(page, found):
 
 def score_against_length(page, found):
     """A dot an arm; a line through the strengths of a remedy, NAME_STRENGTH."""
-    remedies = {arm for arm, config in found.configs.items() if "remedy" in config}
-    rows = found.end[found.end.arm.isin(remedies | {*FIRST}) & (found.end.kind == "run")]
-    rows = rows[rows.benchmark != "training"].pivot_table(
-        index=["group", "benchmark", "place", "arm"], columns="quantity", values="value").reset_index()
-    if remedies:
-        label = rows.arm.str.replace(r"_[\d.]+$", "", regex=True)
-        figures(page, rows.assign(value=rows.score, quantity="score", seed=0, label=label),
-                "length", "tokens")
+    remedies = [arm for arm, config in found.configs.items() if "remedy" in config]
+    rows = found.end[found.end.arm.isin([*remedies, "base", "grpo", "sdpo"] if remedies else [])]
+    rows = rows[(rows.kind == "run") & (rows.benchmark != "training")].pivot_table(
+        "value", ["group", "benchmark", "arm"], "quantity").reset_index()
+    figures(page, rows.assign(
+        seed=0, quantity="score", label=rows.arm.str.replace(r"_[\d.]+$", "", regex=True),
+        value=rows.get("score")).sort_values("arm", key=place), "length", "tokens")
 
 def uses(rows):
     """Of markers and words, as `counted` names them: a row a group, benchmark, arm and seed."""
@@ -328,7 +322,7 @@ def changes(rows):
 
 def word_bars(page, table):
     for (group, benchmark), part in table.filter(MARKERS).groupby(level=[0, 1], sort=False):
-        page.figure(f"Words of doubt {PLACES.get(benchmark, benchmark)}", group, bars, {
+        page.figure(f"Words of doubt {PLACES.get(benchmark, benchmark)}\n{group}", bars, {
             arm: own.droplevel([0, 1, 2]).T for arm, own in part.groupby(level=2, sort=False)})
 
 def changed_words(page, found, flag=None):
@@ -340,32 +334,25 @@ def changed_words(page, found, flag=None):
 def all_changed_words(page, found):
     """App. B.4."""
     sizes = changes(found.answered("run", "evaluation")).filter(regex="^ ")
-    sizes = sizes.groupby(level=[0, 1, 2], sort=False).mean().abs()
-    ten = sizes.columns.str.strip().isin(MARKERS)
-    table = pandas.DataFrame({"the ten words": sizes.loc[:, ten].mean(axis=1),
-                              "the base's other words": sizes.loc[:, ~ten].mean(axis=1)})
+    sizes = sizes.groupby(level=[0, 1, 2], sort=False).mean().abs().T
+    ten = sizes.index.str.strip().isin(MARKERS)
+    table = pandas.DataFrame({"the ten words": sizes[ten].mean(), "others": sizes[~ten].mean()})
     if len(table):
-        ratio = table["the ten words"] / table["the base's other words"]
-        page.table("Mean size of a change, uses an answer", table.assign(ratio=ratio).round(2))
-
-def judged(page, found):
-    for f in found.folders:
-        for path in sorted(f.path.rglob("*.judged.jsonl")):
-            counts = pandas.DataFrame(read_lines(path, growing=True)).filter(["count"])
-            page.table(f"{f.name}, {path.stem}, seed {f.seed}", counts.describe().T.round(2))
+        page.table("Mean size of a word's change, uses an answer", table.assign(
+            ratio=table["the ten words"] / table.others).round(2))
 
 def token_kl(page, found):
-    for f in found.folders:
-        file = f.path / "token_kl.json"
-        table = pandas.DataFrame([check(token, TOKEN, file) for token in read_json(file).values()])
-        if len(table):
-            table["mean KL"] = table.kl / table["count"]
+    for name, seed, path in found.folders:
+        file = path / "token_kl.json"
+        tokens = pandas.DataFrame([check(token, TOKEN, file) for token in read_json(file).values()])
+        if len(tokens):
+            tokens["mean KL"] = tokens.kl / tokens["count"]
             # ours: the paper does not say what is frequent; its rarest variant has 25
-            mean = table["mean KL"][table["count"] >= 25].mean()
-            words = table.text.str.strip(" :,.").str.lower().isin(MARKERS)
-            table = table.assign(ratio=table["mean KL"] / mean)[words].sort_values("ratio").round(3)
-            page.table(f"{f.name}, seed {f.seed}: tokens seen 25 times have {mean:.3f} on average",
-                       table.drop(columns="kl").set_index("text")[::-1])
+            mean = tokens["mean KL"][tokens["count"] >= 25].mean()
+            tokens["ratio"] = tokens["mean KL"] / mean
+            ten = tokens[tokens.text.str.strip(" :,.").str.lower().isin(MARKERS)]
+            page.table(f"{name}, seed {seed}: the mean of tokens seen 25 times is {mean:.3f}",
+                       ten.set_index("text").sort_values("ratio", ascending=False).round(3))
 
 def traces(page, found):
     """Beside each other, to a question, the first answers; first where not all agree."""
@@ -393,11 +380,9 @@ def traces(page, found):
 
 def settings(page, found):
     flags = pandas.DataFrame({arm: {flag: str(value) for flag, value in config.items()}
-                              for arm, config in found.configs.items()}).fillna("")
-    differ = flags.nunique(axis=1) > 1
-    if len(flags):
-        page.table("What differs between the runs", flags[differ].T)
-        page.table("What all runs share", flags[~differ].iloc[:, :1])
+                              for arm, config in found.configs.items()}).fillna("").T
+    if len(flags):  # those first in which runs differ
+        page.table("The runs' flags", flags[sorted(flags, key=lambda f: flags[f].nunique() == 1)])
 
 # --- what the paper claims -----------------------------------------------------------------------
 
@@ -407,10 +392,11 @@ CLAIMS = (  # the claim; the paper's numbers; what is compared; the order, with 
     ("Takeaway 1, Table 1: and the shorter the answer", "13,054 > 12,036 > 2,808 > 1,873",
      "contexts", "", "length", "unguided > without_think > regenerated > full"),
     ("Takeaway 2, Table 2: fine-tuning on sure right answers costs score, on doubtful ones not",
-     "AIME24 51.0, 54.8 > 20.2", "evaluation", "OTHER", "score", "SFT on d_ug >= base > SFT on d_sg"),
+     "AIME24 51.0, 54.8 > 20.2", "evaluation", "OTHER", "score",
+     "SFT on d_ug >= base > SFT on d_sg"),
     ("Takeaway 3, Section 5: GRPO keeps the score on other questions, SDPO does not",
      "AIME24 56.0, 54.7 > 40% less", "run", "OTHER", "score", "grpo >= base > sdpo"),
-    ("Takeaway 3, Table 5: GRPO keeps the words of doubt, SDPO does not", "24.4, 21.4 > 9.2, judged",
+    ("Takeaway 3, Table 5: GRPO keeps the words of doubt, SDPO does not", "24.4, 21.4 > 9.2",
      "run", "OTHER", "epistemic", "grpo >= base > sdpo"),
     ("Takeaway 4, Figure 7: few questions SDPO learns as well", "|D| up to 128", "run", "training",
      "score", "sdpo FEW >= grpo FEW"),
@@ -453,7 +439,7 @@ def claims(found, model):
 
 SECTIONS = (  # title, what to see, what draws it, and with what
     ("Where the runs ended", "Training: the mean of the last five steps.", tables, "run"),
-    ("Settings", "From config.json.", settings),
+    ("Settings", "From config.json, those first that differ.", settings),
     ("Tables 1, 7: five contexts", "The same questions, with more or less of their solution in the "
      "prompt. The toy takes a regenerated solution for a full one.", tables, "contexts"),
     ("Figure 9: the words by context", "Each is said less, the more the context tells.",
@@ -464,9 +450,9 @@ SECTIONS = (  # title, what to see, what draws it, and with what
      "sees the solution, doubts less than the student.", over_steps, "run"),
     ("Figures 3, 4, 14: what the teacher is shown", "The less, the less is lost.",
      over_steps, "run", "demonstration"),
-    ("Figure 6: a teacher that follows the student", "By its rate. In the paper SDPO falls further; "
-     "the toy has nothing left to lose.", over_steps, "run", "ema"),
-    ("Figure 7: training by |D|", "SDPO learns few questions quickly and in short answers, many not.",
+    ("Figure 6: a teacher that follows", "By its rate. In the paper SDPO falls further; the toy has "
+     "nothing left to lose.", over_steps, "run", "ema"),
+    ("Figure 7: training by |D|", "Few questions SDPO learns quickly and in short answers, many not.",
      over_steps, "run", "num_questions", ["training"]),
     ("Figure 8: evaluation by |D|", "GRPO gains with |D|, SDPO stays below the base.",
      over_question_sets),
@@ -479,13 +465,12 @@ SECTIONS = (  # title, what to see, what draws it, and with what
     ("Figures 4, 6, 19: checkpoints", "acc@n and pass@n of evaluate.py.", over_steps, "evaluation"),
     ("Figure 10: the words of the bases", "Each model doubts in words of its own.", lambda page,
      found: word_bars(page, uses(found.answered("run", "evaluation").query("arm == 'base'")))),
-    ("Figures 3d, 4d, 16d: the words against the base", "GRPO keeps them, SDPO not.", changed_words),
-    ("Figure 12: all words against the base", "In the paper the ten change 30 to 40 times as much as "
-     "others. Not on the toy: it has 400 tokens and says little but checks, so that all its words "
-     "go with them.", all_changed_words),
-    ("Figure 13, Table 5: a judge's count", "Expressions of doubt an answer.", judged),
-    ("Table 6: where student and teacher part", "In the paper they part at the ten words 1.9 to 6.8 "
-     "times as far as on average.", token_kl),
+    ("Figures 3d, 4d, 16d: the words against the base", "GRPO keeps them.", changed_words),
+    ("Figure 12: all words against the base", "In the paper the ten change 30 to 40 times as much. "
+     "Not on the toy: it has 400 tokens and says little but checks, so that all its words change.",
+     all_changed_words),
+    ("Table 6: where student and teacher part", "In the paper, at the ten words 1.9 to 6.8 times as "
+     "far as on average.", token_kl),
     ("Read the traces", "The ten words are marked.", traces))
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Self-distillation</title>
@@ -521,9 +506,9 @@ def write(out, files):
         aside.rename(out / name)
 
 def report(folders, out):
-    found, page, sections, missing = Found(find(folders)), Page(), {}, []
+    found, page, sections = Found(find(folders)), Page(), {}
     if not found.folders:
-        raise ValueError(f"{folders[0]}: no metrics.jsonl and no summary.json with results below it")
+        raise ValueError(f"{folders[0]}: no metrics.jsonl and no summary.json below it")
     seeds = found.results.seed.nunique()
     print(f"{seeds} seeds, mean ± standard error" if seeds > 1 else "one seed")
     for (_, group), rows in found.end.groupby(["kind", "group"]):
@@ -538,26 +523,22 @@ def report(folders, out):
         page.html = ""
         draw(page, found, *more)
         if page.html:
-            sections[page.section] = f"<p>{caption}</p>{page.html}"
-        else:
-            missing.append(page.section)
+            sections[page.section] = f"<h2>{page.section}</h2><p>{caption}</p>{page.html}"
+    missing = [title for title, *_ in SECTIONS if title not in sections]
     commits = {str(config.get("commit", "unknown"))[:7] for config in found.configs.values()}
-    contents = " · ".join(f'<a href="#{i}">{title}</a>' for i, title in enumerate(sections))
-    text = PAGE + top + (
-        f"<p>± is a standard error, over seeds, else over questions; in training over five steps. "
-        f"≈: less than two of them apart. A band goes from the lowest seed to the highest. Epistemic "
-        f"words: {', '.join(MARKERS)}. Drawn {datetime.date.today()}, from runs of commit "
-        f"{', '.join(sorted(commits))}.</p><p>{contents}</p>") + "".join(
-            f'<section id="{i}"><h2>{title}</h2>{content}</section>\n'
-            for i, (title, content) in enumerate(sections.items()))
-    text += f"<p>There is nothing here for: {'; '.join(missing)}.</p>"
+    text = (f"{PAGE}{top}<p>± is a standard error: over seeds, else over questions; of training over "
+            "steps. ≈: less than two of them apart. A band goes from the lowest seed to the "
+            f"highest. Words of doubt, or epistemic: {', '.join(MARKERS)}. Drawn on "
+            f"{pandas.Timestamp.now():%Y-%m-%d}, from runs of commit {', '.join(sorted(commits))}.</p><p>"
+            + " · ".join(f'<a href="#{i}">{title}</a>' for i, title in enumerate(sections)) + "</p>"
+            + "".join(f'<section id="{i}">{s}</section>\n' for i, s in enumerate(sections.values()))
+            + f"<p>Nothing here for: {'; '.join(missing)}.</p>")
 
-    figure, axes = pyplot.subplots(3, 4, figsize=(19.2, 10), layout="constrained")
     pictures = [content for name, content in page.files.items() if name.endswith("png")]
-    for axis, picture in zip(axes.flat, pictures):
-        axis.imshow(pyplot.imread(io.BytesIO(picture)))
-    for axis in axes.flat:
-        axis.axis("off")
+    figure = pyplot.figure(figsize=(19.2, 10), layout="constrained")
+    for i, picture in enumerate(pictures[:12], 1):
+        figure.add_subplot(3, 4, i).imshow(pyplot.imread(io.BytesIO(picture)))
+        pyplot.axis("off")
     figure.savefig(overview := io.BytesIO(), dpi=90)
     write(out, page.files | {"report.html": text.encode("utf-8", "replace"),
                              "report.png": overview.getvalue()})
@@ -570,7 +551,8 @@ def main():
     parser.add_argument("--out", type=Path, help="where report.html, report.png and figures/ go")
     args = parser.parse_args()
     try:
-        report(args.folders, args.out or args.folders[0].parent if len(args.folders) > 1 else args.out or args.folders[0])
+        first, *others = args.folders
+        report(args.folders, args.out or (first.parent if others else first))
     except (ValueError, OSError) as error:
         parser.error(error)
 
