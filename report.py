@@ -9,12 +9,12 @@ figures/, each figure as PNG and each table as CSV. SECTIONS, near the end, list
 import argparse
 import base64
 import functools
-import hashlib
 import html
 import io
 import json
 import os
 import re
+import zlib
 from collections import Counter, defaultdict
 from pathlib import Path, PurePath
 
@@ -83,8 +83,7 @@ def results(table, where, answers, **same):
     """Of {benchmark: means}, rows of the one table that all is drawn from, a quantity each.
     `answers`: their file, and the benchmark if the file holds several."""
     for benchmark, means in check(table, {}, where).items():
-        check(means, MEANS, where)
-        n = max(check(means.get("pass_at", {}), {}, where), key=int, default="1")
+        n = max(check(means, MEANS, where).get("pass_at", "1"), key=int)
         best = {f"pass@{n}": means["pass_at"][n]} if n != "1" else {}
         at = answers(benchmark)
         for quantity, value in ({q: means[q] for q in MEANS} | best).items():
@@ -142,10 +141,6 @@ def find(roots):
 
 # --- choosing ------------------------------------------------------------------------------------
 
-def place(arms):
-    """These three come first in every table and figure."""
-    return arms.map(dict(base=0, grpo=1, sdpo=2)).fillna(3)
-
 # flags that change nothing that is compared
 UNCOMPARED = re.compile("run_dir|seed|commit|versions|world_size|resume|wandb|steps|.*_every|"
                         "eval_.*|tokens_per_.*|recompute_.*|offload_.*|gpu_memory_.*")
@@ -158,7 +153,8 @@ class Found:
         self.results = pandas.DataFrame(
             [row for key, config in folders.items() for row in read_folder(*key, config)],
             columns=["kind", "model", "group", "arm", "seed", "step", "benchmark", "quantity",
-                     "value", "error", "answers"]).sort_values("arm", kind="stable", key=place)
+                     "value", "error", "answers"]).sort_values("arm", kind="stable", key=lambda arms:
+            arms.map(dict(base=0, grpo=1, sdpo=2)).fillna(3))  # these first, everywhere
         same = ["kind", "group", "arm", "seed", "benchmark", "quantity"]
         last = self.results.groupby(same).step.transform("max") == self.results.step
         self.end = self.results[last].drop_duplicates(same)  # several runs have one base
@@ -267,10 +263,9 @@ def bars(axis, series):
 
 # --- the paper's figures and tables --------------------------------------------------------------
 
-def tables(page, found, *kinds):
-    for kind in kinds:
-        for group, rows in found.end[found.end.kind == kind].groupby("group", sort=False):
-            page.table(group, grid(spread(rows)), spread(rows))
+def tables(page, found, kind):
+    for group, rows in found.end[found.end.kind == kind].groupby("group", sort=False):
+        page.table(group, grid(spread(rows)), spread(rows))
 
 def figures(page, rows, x="step", xlabel="step"):
     """One a benchmark and quantity: a line over x for each `label` of the rows."""
@@ -306,7 +301,7 @@ def score_against_length(page, found):
         "value", ["group", "benchmark", "arm"], "quantity").reset_index()
     figures(page, rows.assign(
         seed=0, quantity="score", label=rows.arm.str.replace(r"_[\d.]+$", "", regex=True),
-        value=rows.get("score")).sort_values("arm", key=place), "length", "tokens")
+        value=rows.get("score")), "length", "tokens")
 
 def uses(rows):
     """Of markers and words, as `counted` names them: a row a group, benchmark, arm and seed."""
@@ -314,32 +309,25 @@ def uses(rows):
     return pandas.DataFrame([counted(*at)[1] for at in rows.answers]).set_axis(keys).fillna(0)
 
 def changes(rows):
-    """Of the uses of the base's words, in each arm against the base of its seed."""
+    """In each arm against the base of its seed; of the base's other words the mean size."""
     table = uses(rows)
     is_base = table.index.isin(["base"], level=2)
     base, arms = table[is_base].droplevel(2), table[~is_base]
-    return (arms - base.reindex(arms.index.droplevel(2)).to_numpy()).dropna().loc[:, base.any()]
+    change = (arms - base.reindex(arms.index.droplevel(2)).to_numpy()).dropna().loc[:, base.any()]
+    others = change.drop(columns=[f" {marker}" for marker in MARKERS], errors="ignore")
+    return change.assign(other_words=others.filter(regex="^ ").abs().mean(axis=1))
 
 def word_bars(page, table):
-    for (group, benchmark), part in table.filter(MARKERS).groupby(level=[0, 1], sort=False):
+    table = table.filter([*MARKERS, "other_words"])
+    for (group, benchmark), part in table.groupby(level=[0, 1], sort=False):
         page.figure(f"Words of doubt {PLACES.get(benchmark, benchmark)}\n{group}", bars, {
             arm: own.droplevel([0, 1, 2]).T for arm, own in part.groupby(level=2, sort=False)})
 
 def changed_words(page, found, flag=None):
-    """Against the base: of all, or of the runs that differ in one flag alone."""
+    """Of all runs, or of those that differ in one flag alone."""
     rows = found.answered("run") if flag else found.answered("run", "evaluation")
     for arms in found.alike_but_for(flag) if flag else [{*rows.arm} - found.aside]:
         word_bars(page, changes(rows[rows.arm.isin({"base", *arms})]))
-
-def all_changed_words(page, found):
-    """App. B.4."""
-    sizes = changes(found.answered("run", "evaluation")).filter(regex="^ ")
-    sizes = sizes.groupby(level=[0, 1, 2], sort=False).mean().abs().T
-    ten = sizes.index.str.strip().isin(MARKERS)
-    table = pandas.DataFrame({"the ten words": sizes[ten].mean(), "others": sizes[~ten].mean()})
-    if len(table):
-        page.table("Mean size of a word's change, uses an answer", table.assign(
-            ratio=table["the ten words"] / table.others).round(2))
 
 def token_kl(page, found):
     for name, seed, path in found.folders:
@@ -354,6 +342,13 @@ def token_kl(page, found):
             page.table(f"{name}, seed {seed}: the mean of tokens seen 25 times is {mean:.3f}",
                        ten.set_index("text").sort_values("ratio", ascending=False).round(3))
 
+def trace(arm, answer):
+    """The ten words are marked as epistemic.py counts them: as substrings, in any case."""
+    text = re.sub("|".join(MARKERS), r"<mark>\g<0></mark>", html.escape(answer["response"]),
+                  flags=re.I | re.A)
+    return (f"<b>{html.escape(arm)}: {'right' if answer['correct'] else 'wrong'}</b>, "
+            f"{answer['tokens']:,} tokens, {answer['epistemic']} words of doubt<pre>{text}</pre>")
+
 def traces(page, found):
     """Beside each other, to a question, the first answers; first where not all agree."""
     asked = {}  # evaluate.py's answers hold their question
@@ -363,20 +358,14 @@ def traces(page, found):
         first = pandas.DataFrame({r.arm: {a["index"]: a for a in read_answers(*r.answers)[::-1]}
                                   for r in arms[:4].itertuples()}).dropna()
         differ = first.map(lambda answer: answer["correct"]).nunique(axis=1) > 1
-        page.html += (f"<h3>{html.escape(f'{group} {benchmark}')}: {differ.sum()} of {len(differ)} "
-                      "questions are answered right by one and wrong by another</h3>")
-        for index in sorted(differ.index, key=lambda index: (not differ[index], index))[:6]:
-            answers = first.loc[index]
-            asked |= {(benchmark, index): a["question"] for a in answers if "question" in a}
-            question = (f"{asked.get((benchmark, index), f'Question {index}')}\n"
-                        f"Right answer: {answers.iloc[0].get('answer')}")
-            page.html += f"<details open><summary>{html.escape(question)}</summary><div>" + "".join(
-                f"<div><b>{html.escape(arm)}: {'right' if a['correct'] else 'wrong'}</b>, "
-                f"{a['tokens']:,} tokens, {epistemic.count(a['response'])} words of doubt<pre>"
-                # the ten words as epistemic.py counts them: as substrings, in any case
-                + re.sub("|".join(MARKERS), r"<mark>\g<0></mark>", html.escape(a["response"]),
-                         flags=re.I | re.A) + "</pre></div>" for arm, a in answers.items()
-            ) + "</div></details>"
+        chosen = first.loc[sorted(differ.index, key=lambda i: (not differ[i], i))[:6]]
+        asked |= {(benchmark, a["index"]): a["question"] for a in chosen.stack() if "question" in a}
+        cells = chosen.apply(lambda answers: answers.map(functools.partial(trace, answers.name)))
+        cells.index = [html.escape(f"{asked.get((benchmark, i), f'Question {i}')} Right: {a}")
+                       for i, a in chosen.iloc[:, 0].map(lambda a: a.get("answer")).items()]
+        page.html += (f"<b>{html.escape(f'{group} {benchmark}')}: on {differ.sum()} of {len(differ)} "
+                      "questions not all are right or wrong</b><div class=traces>"
+                      f"{cells.to_html(escape=False, header=False, border=0)}</div>")
 
 def settings(page, found):
     flags = pandas.DataFrame({arm: {flag: str(value) for flag, value in config.items()}
@@ -465,10 +454,9 @@ SECTIONS = (  # title, what to see, what draws it, and with what
     ("Figures 4, 6, 19: checkpoints", "acc@n and pass@n of evaluate.py.", over_steps, "evaluation"),
     ("Figure 10: the words of the bases", "Each model doubts in words of its own.", lambda page,
      found: word_bars(page, uses(found.answered("run", "evaluation").query("arm == 'base'")))),
-    ("Figures 3d, 4d, 16d: the words against the base", "GRPO keeps them.", changed_words),
-    ("Figure 12: all words against the base", "In the paper the ten change 30 to 40 times as much. "
-     "Not on the toy: it has 400 tokens and says little but checks, so that all its words change.",
-     all_changed_words),
+    ("Figures 3d, 4d, 12, 16d: the words against the base", "Last, the mean size of the change of "
+     "all other words. In the paper the ten change 30 to 40 times as much; not on the toy, which has "
+     "400 tokens and says little but checks, so that all its words change.", changed_words),
     ("Table 6: where student and teacher part", "In the paper, at the ten words 1.9 to 6.8 times as "
      "far as on average.", token_kl),
     ("Read the traces", "The ten words are marked.", traces))
@@ -476,31 +464,27 @@ SECTIONS = (  # title, what to see, what draws it, and with what
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Self-distillation</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1500px; margin: auto; padding: 0 1em }
-section, details div { display: grid; gap: 0 1em;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)) }
-section > * { grid-column: 1 / -1; min-width: 0; margin: .3em 0 }
-section > img { grid-column: auto; width: 100%; max-width: 576px }
-details div div { display: block } summary, pre { white-space: pre-wrap; overflow-wrap: anywhere }
-.wide { overflow-x: auto } mark { background: #ffd54d } table { border-collapse: collapse }
-tr { border-bottom: 1px solid #ddd } td, th { padding: .1em .7em; text-align: left }
-.wide td, .wide thead th { white-space: nowrap; text-align: right }
-@media (max-width: 600px) { .claims tr > * { display: block } }
+section { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)) }
+section > * { grid-column: 1 / -1; min-width: 0; margin: .3em 0 } .wide { overflow-x: auto }
+section > img { grid-column: auto; width: 100%; max-width: 576px } mark { background: #ffd54d }
+table { border-collapse: collapse } tr { border-bottom: 1px solid #ddd; vertical-align: top }
+td, th { padding: .1em .7em; text-align: left } pre { white-space: pre-wrap }
+.wide td, .wide thead th { white-space: nowrap; text-align: right } .traces * { max-width: 25em }
+@media (max-width: 600px) { .claims tr > *, .traces tr > * { display: block } }
 </style><h1>Self-distillation, measured</h1>"""
 
 def write(out, files):
-    """Replaces and removes what report.py wrote before, which it knows by its hash, and no more."""
-    def hashed(content):
-        return hashlib.sha256(content).hexdigest()
-    own = [out / name for name, value in read_json(out / "figures/written.json").items()
-           if (out / name).is_file() and hashed((out / name).read_bytes()) == value]
+    """Replaces and removes what report.py wrote before and nobody changed since, and no more."""
+    own = [out / name for name, checksum in read_json(out / "figures/written.json").items()
+           if (out / name).is_file() and zlib.crc32((out / name).read_bytes()) == checksum]
     for path in (out / name for name in files):
         if os.path.lexists(path) and path not in own:
             raise ValueError(f"{path} is not report.py's own, and stays: move it, or give --out")
     (out / "figures").mkdir(parents=True, exist_ok=True)
     for path in own:
         path.unlink()
-    hashes = json.dumps({name: hashed(content) for name, content in files.items()})
-    for name, content in ({"figures/written.json": hashes.encode()} | files).items():
+    written = json.dumps({name: zlib.crc32(content) for name, content in files.items()})
+    for name, content in ({"figures/written.json": written.encode()} | files).items():
         aside = out / f"{name}.part"
         aside.write_bytes(content)
         aside.rename(out / name)
