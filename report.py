@@ -20,8 +20,8 @@ from pathlib import Path, PurePath
 
 import matplotlib
 matplotlib.use("Agg")
+import matplotlib.pyplot as pyplot
 import pandas
-from matplotlib import pyplot
 
 import epistemic
 
@@ -30,7 +30,6 @@ import epistemic
 NUMBER = (int, float)
 MEANS = dict(score=NUMBER, length=NUMBER, epistemic=NUMBER)
 ANSWER = dict(index=int, correct=NUMBER, tokens=NUMBER, response=str)
-TOKEN = dict(text=str, kl=NUMBER, count=NUMBER)
 MARKERS = list(epistemic.MARKERS)
 
 def check(record, fields, where):
@@ -139,8 +138,6 @@ def find(roots):
             found[inner or own, int(seeds[-1][5:]), path] = None
     return {key: read_json(key[2] / "config.json") for key in sorted(found)}
 
-# --- choosing ------------------------------------------------------------------------------------
-
 # flags that change nothing that is compared
 UNCOMPARED = re.compile("run_dir|seed|commit|versions|world_size|resume|wandb|steps|.*_every|"
                         "eval_.*|tokens_per_.*|recompute_.*|offload_.*|gpu_memory_.*")
@@ -150,19 +147,19 @@ class Found:
     runs; `aside`: runs that have figures of their own."""
     def __init__(self, folders):
         self.folders = folders
-        self.results = pandas.DataFrame(
+        table = pandas.DataFrame(
             [row for key, config in folders.items() for row in read_folder(*key, config)],
             columns=["kind", "model", "group", "arm", "seed", "step", "benchmark", "quantity",
-                     "value", "error", "answers"]).sort_values("arm", kind="stable", key=lambda arms:
-            arms.map(dict(base=0, grpo=1, sdpo=2)).fillna(3))  # these first, everywhere
+                     "value", "error", "answers"])
+        self.results = table.sort_values("arm", kind="stable", key=lambda arms: arms.map(
+            dict(base=0, grpo=1, sdpo=2)).fillna(3))  # these first, everywhere
         same = ["kind", "group", "arm", "seed", "benchmark", "quantity"]
         last = self.results.groupby(same).step.transform("max") == self.results.step
         self.end = self.results[last].drop_duplicates(same)  # several runs have one base
         self.end["error"] = [question_error(row) for row in self.end.itertuples()]
 
-        runs, configs = self.results.arm[self.results.kind == "run"].unique(), {
-            name: config for (name, *_), config in folders.items()}
-        self.configs = {arm: configs[arm] for arm in runs if arm != "base"}
+        runs = {*table.arm[table.kind == "run"]}
+        self.configs = {name: config for (name, *_), config in folders.items() if name in runs}
         # question sets and strengths, NAME_NUMBER, and controls leave the room to the others
         few = [arm for arm in self.configs if not re.search(r"_[\d.]+$|^control_", arm)][:8]
         self.aside = {*self.configs} - {*few} if len(self.configs) > 8 else set()
@@ -186,12 +183,10 @@ class Found:
 QUANTITIES = dict(score=("Score", "share right", ".3f"), length=("Length", "tokens", ",.0f"),
                   epistemic=("Words of doubt", "uses an answer", ".1f"))
 PLACES = {"training": "in training", "in": "in domain", "ood": "out of distribution"}
-# Okabe and Ito's, for the colour-blind, its yellow left out; the last two ours
-COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8C6D00", "#7A5195", "#333333"]
 pandas.set_option("display.max_colwidth", None)
-pyplot.rcParams.update({
-    "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False, "text.parse_math": False})
+pyplot.style.use("tableau-colorblind10")
+pyplot.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+                        "grid.alpha": 0.25, "legend.frameon": False, "text.parse_math": False})
 
 def spread(rows):
     """Means and standard errors: over the seeds; of one seed over its questions."""
@@ -244,9 +239,10 @@ class Page:
 def lines(axis, series):
     """{name: y by x, a column a seed}. Their mean, and a band from the lowest to the highest."""
     for i, (name, seeds) in enumerate(series.items()):
-        color, marker = COLORS[i % 8], "os"[i // 8 % 2] if len(seeds) < 12 else None
-        axis.plot(seeds.mean(axis=1), color=color, marker=marker, ms=3, label=name)
-        axis.fill_between(seeds.index, seeds.min(axis=1), seeds.max(axis=1), color=color, alpha=.15)
+        marker = "os"[i // 10 % 2] if len(seeds) < 12 else None
+        (line,) = axis.plot(seeds.mean(axis=1), marker=marker, ms=3, label=name)
+        axis.fill_between(seeds.index, seeds.min(axis=1), seeds.max(axis=1), alpha=0.15,
+                          color=line.get_color())
     axis.set_ylim(0)
     axis.locator_params(axis="x", integer=True)
     if seeds.index.name == "size":
@@ -254,12 +250,11 @@ def lines(axis, series):
         axis.set_xticks(seeds.index, seeds.index)
 
 def bars(axis, series):
-    """{name: uses of words, a column a seed}. Their mean and standard deviation."""
+    """{name: uses of words, a column a seed}. Their mean, for each word that is said."""
     means = pandas.DataFrame({name: seeds.mean(axis=1) for name, seeds in series.items()})
-    spread = pandas.DataFrame({name: seeds.std(axis=1) for name, seeds in series.items()}).fillna(0)
-    said = means.abs().max(axis=1).sort_values().loc[lambda most: most > 0].index
-    axis.figure.set_figheight(1.5 + 0.13 * len(said) * (len(series) + 1))
-    means.loc[said].plot.barh(ax=axis, width=0.8, color=COLORS, xerr=spread.loc[said])
+    means = means[means.any(axis=1)].sort_values([*means], key=abs)
+    axis.figure.set_figheight(1.5 + 0.13 * len(means) * (len(series) + 1))
+    means.plot.barh(ax=axis, width=0.8)
 
 # --- the paper's figures and tables --------------------------------------------------------------
 
@@ -331,16 +326,16 @@ def changed_words(page, found, flag=None):
 
 def token_kl(page, found):
     for name, seed, path in found.folders:
-        file = path / "token_kl.json"
-        tokens = pandas.DataFrame([check(token, TOKEN, file) for token in read_json(file).values()])
-        if len(tokens):
-            tokens["mean KL"] = tokens.kl / tokens["count"]
+        fields, file = dict(text=str, kl=NUMBER, count=NUMBER), path / "token_kl.json"
+        rows = [check(token, fields, file) for token in read_json(file).values()]
+        if rows:
+            tokens = pandas.DataFrame(rows).set_index("text")
+            kl = tokens.kl / tokens["count"]
             # ours: the paper does not say what is frequent; its rarest variant has 25
-            mean = tokens["mean KL"][tokens["count"] >= 25].mean()
-            tokens["ratio"] = tokens["mean KL"] / mean
-            ten = tokens[tokens.text.str.strip(" :,.").str.lower().isin(MARKERS)]
+            mean = kl[tokens["count"] >= 25].mean()
+            ten = tokens.index.str.strip(" :,.").str.lower().isin(MARKERS)
             page.table(f"{name}, seed {seed}: the mean of tokens seen 25 times is {mean:.3f}",
-                       ten.set_index("text").sort_values("ratio", ascending=False).round(3))
+                       tokens.assign(mean=kl, ratio=kl / mean)[ten].sort_values("ratio").round(3))
 
 def trace(arm, answer):
     """The ten words are marked as epistemic.py counts them: as substrings, in any case."""
@@ -378,8 +373,6 @@ def settings(page, found):
 CLAIMS = (  # the claim; the paper's numbers; what is compared; the order, with >= for "not below"
     ("Takeaway 1, Table 1: the more the context tells, the fewer words of doubt", "182.5 > 159.8 > "
      "24.1 > 8.8", "contexts", "", "epistemic", "unguided > without_think > regenerated > full"),
-    ("Takeaway 1, Table 1: and the shorter the answer", "13,054 > 12,036 > 2,808 > 1,873",
-     "contexts", "", "length", "unguided > without_think > regenerated > full"),
     ("Takeaway 2, Table 2: fine-tuning on sure right answers costs score, on doubtful ones not",
      "AIME24 51.0, 54.8 > 20.2", "evaluation", "OTHER", "score",
      "SFT on d_ug >= base > SFT on d_sg"),
@@ -389,8 +382,6 @@ CLAIMS = (  # the claim; the paper's numbers; what is compared; the order, with 
      "run", "OTHER", "epistemic", "grpo >= base > sdpo"),
     ("Takeaway 4, Figure 7: few questions SDPO learns as well", "|D| up to 128", "run", "training",
      "score", "sdpo FEW >= grpo FEW"),
-    ("Takeaway 4, Figure 7: and in shorter answers", "up to 8 times", "run", "training", "length",
-     "grpo FEW > sdpo FEW"),
     ("Takeaway 4, Figure 7: many it does not", "|D| = 512", "run", "training", "score",
      "grpo MANY > sdpo MANY"),
     ("Takeaway 4, Figure 8: on other questions it loses most with few", "a figure", "run", "OTHER",
@@ -452,8 +443,6 @@ SECTIONS = (  # title, what to see, what draws it, and with what
     ("Remedies: score against length", "Wanted: top left. A line joins a remedy's strengths.",
      score_against_length),
     ("Figures 4, 6, 19: checkpoints", "acc@n and pass@n of evaluate.py.", over_steps, "evaluation"),
-    ("Figure 10: the words of the bases", "Each model doubts in words of its own.", lambda page,
-     found: word_bars(page, uses(found.answered("run", "evaluation").query("arm == 'base'")))),
     ("Figures 3d, 4d, 12, 16d: the words against the base", "Last, the mean size of the change of "
      "all other words. In the paper the ten change 30 to 40 times as much; not on the toy, which has "
      "400 tokens and says little but checks, so that all its words change.", changed_words),
@@ -508,15 +497,14 @@ def report(folders, out):
         draw(page, found, *more)
         if page.html:
             sections[page.section] = f"<h2>{page.section}</h2><p>{caption}</p>{page.html}"
-    missing = [title for title, *_ in SECTIONS if title not in sections]
     commits = {str(config.get("commit", "unknown"))[:7] for config in found.configs.values()}
-    text = (f"{PAGE}{top}<p>± is a standard error: over seeds, else over questions; of training over "
-            "steps. ≈: less than two of them apart. A band goes from the lowest seed to the "
-            f"highest. Words of doubt, or epistemic: {', '.join(MARKERS)}. Drawn on "
-            f"{pandas.Timestamp.now():%Y-%m-%d}, from runs of commit {', '.join(sorted(commits))}.</p><p>"
-            + " · ".join(f'<a href="#{i}">{title}</a>' for i, title in enumerate(sections)) + "</p>"
+    links = " · ".join(f'<a href="#{i}">{title}</a>' for i, title in enumerate(sections))
+    text = (f"{PAGE}{top}<p>±: a standard error, over seeds, else over questions, of training over "
+            "steps; ≈: less than two of them apart; a band: from the lowest seed to the highest; "
+            f"epistemic: {', '.join(MARKERS)}. Drawn {pandas.Timestamp.now():%Y-%m-%d} from runs of "
+            f"commit {', '.join(sorted(commits))}.</p><p>{links}</p>"
             + "".join(f'<section id="{i}">{s}</section>\n' for i, s in enumerate(sections.values()))
-            + f"<p>Nothing here for: {'; '.join(missing)}.</p>")
+            + "<p>Other sections have nothing to draw in these folders.</p>")
 
     pictures = [content for name, content in page.files.items() if name.endswith("png")]
     figure = pyplot.figure(figsize=(19.2, 10), layout="constrained")
