@@ -6,22 +6,12 @@
 Prints the main tables. Writes report.html, which needs no network, report.png, an overview, and
 figures/, each figure as PNG and each table as CSV. SECTIONS, near the end, lists them all.
 """
-import argparse
-import base64
-import functools
-import html
-import io
-import json
-import os
-import re
-import zlib
+import argparse, base64, functools, html, io, json, os, re, zlib
 from collections import Counter, defaultdict
 from pathlib import Path, PurePath
 
-import matplotlib
-matplotlib.use("Agg")
-import matplotlib.pyplot as pyplot
 import pandas
+from matplotlib import pyplot
 
 import epistemic
 
@@ -34,8 +24,8 @@ MARKERS = list(epistemic.MARKERS)
 
 def check(record, fields, where):
     """The record, if it is an object with these fields; else an error that says where it is."""
-    if not (isinstance(record, dict)
-            and all(isinstance(record.get(field), kind) for field, kind in fields.items())):
+    if not isinstance(record, dict) or not all(
+            isinstance(record.get(field), kind) for field, kind in fields.items()):
         raise ValueError(f"{where}: no object with {', '.join(fields) or 'named fields'}")
     return record
 
@@ -72,22 +62,16 @@ def counted(path, benchmark):
         raise ValueError(f"{path}: holds no answers to {benchmark}")
     return pandas.DataFrame(rows), pandas.Series(uses, dtype=float) / len(rows)
 
-def question_error(row):
-    """The standard error over questions: the answers to one question are no independent draws."""
-    if row.quantity not in MEANS or not isinstance(row.answers, tuple):
-        return row.error
-    return counted(*row.answers)[0].groupby("index")[row.quantity].mean().sem()
-
 def results(table, where, answers, **same):
     """Of {benchmark: means}, rows of the one table that all is drawn from, a quantity each.
-    `answers`: their file, and the benchmark if the file holds several."""
+    answers(benchmark): their file, and the benchmark if the file holds several."""
     for benchmark, means in check(table, {}, where).items():
         n = max(check(means, MEANS, where).get("pass_at", "1"), key=int)
         best = {f"pass@{n}": means["pass_at"][n]} if n != "1" else {}
         at = answers(benchmark)
+        same |= dict(benchmark=benchmark, answers=at if at[0].exists() else None)
         for quantity, value in ({q: means[q] for q in MEANS} | best).items():
-            yield dict(same, benchmark=benchmark, answers=at if at[0].exists() else None,
-                       quantity=quantity, value=value)
+            yield dict(same, quantity=quantity, value=value)
 
 def read_folder(name, seed, path, config):
     """A folder's results. They are of a kind: "run", a trainer's; "evaluation", evaluate.py's;
@@ -98,14 +82,12 @@ def read_folder(name, seed, path, config):
     model = "/".join(PurePath(str(model)).parts[-2:])
     model += "" if config.get("enable_thinking", True) else ", thinking off"
 
-    steps = pandas.DataFrame(check(row, MEANS | dict(step=int), f"{file}, row {number}")
-                             for number, row in enumerate(read_lines(file, growing=True), 1)
-                             if "score" in row)  # SFT has none
-    for i in range(len(steps)):
-        five = steps[[*MEANS]][max(i - 4, 0):i + 1]  # one step is too noisy
-        rows += [dict(kind="run", group=model, arm=name, step=int(steps.step[i]), quantity=q,
-                      benchmark="training", value=five[q].mean(), error=five[q].sem())
-                 for q in MEANS]
+    steps = [check(row, MEANS | dict(step=int), f"{file}, row {number}") for number, row in
+             enumerate(read_lines(file, growing=True), 1) if "score" in row]  # SFT has none
+    for i, row in enumerate(steps):
+        five = pandas.DataFrame(steps[max(i - 4, 0):i + 1])  # one step is too noisy
+        rows += [dict(kind="run", group=model, arm=name, step=row["step"], benchmark="training",
+                      quantity=q, value=five[q].mean(), error=five[q].sem()) for q in MEANS]
     for file in path.glob("eval/step_*.json"):
         step = int(file.stem[5:])
         for arm in [name] if step else [name, "base"]:
@@ -113,10 +95,11 @@ def read_folder(name, seed, path, config):
                             kind="run", group=model, arm=arm, step=step)
     summary = read_json(file := path / "summary.json")
     models = check(summary.get("models", {}), {}, file)
+    bases = [evaluated for evaluated in models if "/step_" not in evaluated]
     for evaluated, table in models.items():
         arm, _, step = evaluated.rpartition("/step_")
-        arm = f"SFT on {arm}" if arm in ("d_ug", "d_sg") else arm or (
-            evaluated if sum("/step_" not in model for model in models) > 1 else "base")
+        arm = re.sub("^(d_ug|d_sg)$", r"SFT on \1", arm) or (
+            "base" if bases == [evaluated] else evaluated)
         rows += results(table, file, lambda b: (path / evaluated / f"{b}.jsonl", None), arm=arm,
                         kind="evaluation", group=name, step=int(step) if step.isdigit() else 0)
     for context, means in check(summary.get("contexts", {}), {}, file).items():
@@ -156,7 +139,11 @@ class Found:
         same = ["kind", "group", "arm", "seed", "benchmark", "quantity"]
         last = self.results.groupby(same).step.transform("max") == self.results.step
         self.end = self.results[last].drop_duplicates(same)  # several runs have one base
-        self.end["error"] = [question_error(row) for row in self.end.itertuples()]
+        # over the questions: the answers to one question are no independent draws
+        self.end["error"] = [
+            counted(*row.answers)[0].groupby("index")[row.quantity].mean().sem()
+            if isinstance(row.answers, tuple) and row.quantity in MEANS else row.error
+            for row in self.end.itertuples()]
 
         runs = {*table.arm[table.kind == "run"]}
         self.configs = {name: config for (name, *_), config in folders.items() if name in runs}
@@ -184,9 +171,11 @@ QUANTITIES = dict(score=("Score", "share right", ".3f"), length=("Length", "toke
                   epistemic=("Words of doubt", "uses an answer", ".1f"))
 PLACES = {"training": "in training", "in": "in domain", "ood": "out of distribution"}
 pandas.set_option("display.max_colwidth", None)
+pyplot.switch_backend("Agg")
 pyplot.style.use("tableau-colorblind10")
 pyplot.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-                        "grid.alpha": 0.25, "legend.frameon": False, "text.parse_math": False})
+                        "grid.alpha": 0.25, "axes.titlelocation": "left", "axes.titlesize": 10,
+                        "legend.frameon": False, "legend.fontsize": 8, "text.parse_math": False})
 
 def spread(rows):
     """Means and standard errors: over the seeds; of one seed over its questions."""
@@ -227,8 +216,7 @@ class Page:
         """A picture of its own, so that the page sets as many beside each other as have room."""
         figure, axis = pyplot.subplots(figsize=(4.8, 3.3), layout="constrained")
         draw(axis, data)
-        axis.set(xlabel=xlabel, ylabel=ylabel)
-        axis.set_title(title, loc="left")
+        axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
         axis.legend(loc="upper left", bbox_to_anchor=(1, 1))  # where it covers nothing
         figure.savefig(image := io.BytesIO(), dpi=120)
         pyplot.close(figure)
@@ -277,8 +265,8 @@ def over_steps(page, found, kind, flag=None, benchmarks=()):
     """Of all runs, or of those that differ in one flag alone."""
     rows = found.results[found.results.kind == kind]
     rows = rows[rows.benchmark.isin(benchmarks)] if benchmarks else rows
-    for values in found.alike_but_for(flag) if flag else [{*rows.arm} - found.aside - {"base"}]:
-        labels = {arm: f"{values[arm]} ({arm})" if flag else arm for arm in values}
+    for arms in found.alike_but_for(flag) if flag else [{*rows.arm} - found.aside - {"base"}]:
+        labels = {arm: f"{arms[arm]} ({arm})" if flag else arm for arm in arms}
         figures(page, rows.assign(label=rows.arm.map(labels)))
 
 def over_question_sets(page, found):
@@ -313,13 +301,12 @@ def changes(rows):
     return change.assign(other_words=others.filter(regex="^ ").abs().mean(axis=1))
 
 def word_bars(page, table):
-    table = table.filter([*MARKERS, "other_words"])
-    for (group, benchmark), part in table.groupby(level=[0, 1], sort=False):
+    for (group, benchmark), part in table.filter([*MARKERS, "other_words"]).groupby(
+            level=[0, 1], sort=False):
         page.figure(f"Words of doubt {PLACES.get(benchmark, benchmark)}\n{group}", bars, {
             arm: own.droplevel([0, 1, 2]).T for arm, own in part.groupby(level=2, sort=False)})
 
 def changed_words(page, found, flag=None):
-    """Of all runs, or of those that differ in one flag alone."""
     rows = found.answered("run") if flag else found.answered("run", "evaluation")
     for arms in found.alike_but_for(flag) if flag else [{*rows.arm} - found.aside]:
         word_bars(page, changes(rows[rows.arm.isin({"base", *arms})]))
@@ -368,8 +355,6 @@ def settings(page, found):
     if len(flags):  # those first in which runs differ
         page.table("The runs' flags", flags[sorted(flags, key=lambda f: flags[f].nunique() == 1)])
 
-# --- what the paper claims -----------------------------------------------------------------------
-
 CLAIMS = (  # the claim; the paper's numbers; what is compared; the order, with >= for "not below"
     ("Takeaway 1, Table 1: the more the context tells, the fewer words of doubt", "182.5 > 159.8 > "
      "24.1 > 8.8", "contexts", "", "epistemic", "unguided > without_think > regenerated > full"),
@@ -387,32 +372,29 @@ CLAIMS = (  # the claim; the paper's numbers; what is compared; the order, with 
     ("Takeaway 4, Figure 8: on other questions it loses most with few", "a figure", "run", "OTHER",
      "score", "grpo MANY > grpo FEW > sdpo MANY > sdpo FEW"))
 
-def in_order(numbers, order, benchmark, quantity):
-    """The numbers with the signs that hold between them, and whether the order agrees."""
-    arms, claimed = re.split(" >=? ", order), re.findall(" (>=?) ", order)
-    own = numbers.reindex([(arm, benchmark, quantity) for arm in arms])
-    apart = -own["mean"].diff()[1:]
-    noise = 2 * (own.error.fillna(0) ** 2).rolling(2).sum()[1:] ** 0.5
-    if apart.isna().any() or not len(apart):
-        return "", "not run"
-    signs = [">" if a > n else "<" if a < -n else "≈" for a, n in zip(apart, noise)]
-    agrees = all(sign == ">" or sign + want == "≈>=" for sign, want in zip(signs, claimed))
-    texts = (in_text(quantity, *row[1:3]) for row in own.itertuples())
-    return " ".join(f"{arm} {text} {sign}" for arm, text, sign in zip(arms, texts, [*signs, ""])), (
-        "no" if "<" in signs else "yes" if agrees else "too close to tell")
-
 def claims(found, model):
+    """The numbers here with the signs that hold between them, and whether they agree."""
     rows, names, table = found.end[found.end.model == model], {}, {}
     names["OTHER"] = next((b for b in ("ood", "aime24") if b in {*rows.benchmark}), "")
     for sizes in found.alike_but_for("num_questions"):
         method = min(sizes, key=len).split("_")[0]
         names[f"{method} FEW"] = min(sizes, key=lambda arm: abs((sizes[arm] or 10**9) - 8))
         names[f"{method} MANY"] = [*sizes][-1]
-    for claim, paper, kind, *claimed in CLAIMS:
-        benchmark, quantity, order = (re.sub("OTHER|(grpo|sdpo) (FEW|MANY)", lambda name: names.get(
-            name[0], name[0]), text) for text in claimed)
-        text, agrees = in_order(spread(rows[rows.kind == kind]), order, benchmark, quantity)
-        table[claim] = {"the paper": paper, "here": text, "agrees": agrees}
+    for claim, paper, kind, benchmark, quantity, order in CLAIMS:
+        claimed = re.findall(" (>=?) ", order)
+        keys = [(names.get(arm, arm), names.get(benchmark, benchmark), quantity)
+                for arm in re.split(" >=? ", order)]
+        own = spread(rows[rows.kind == kind]).reindex(keys)
+        apart = -own["mean"].diff()[1:]
+        noise = 2 * (own.error.fillna(0) ** 2).rolling(2).sum()[1:] ** 0.5
+        signs = [">" if a > n else "<" if a < -n else "≈" for a, n in zip(apart, noise)]
+        agrees = all(sign == ">" or sign + want == "≈>=" for sign, want in zip(signs, claimed))
+        here = " ".join(f"{key[0]} {in_text(quantity, mean, error)} {sign}" for key, mean, error, sign
+                        in zip(keys, own["mean"], own.error, [*signs, ""]))
+        verdict = "no" if "<" in signs else "yes" if agrees else "too close to tell"
+        ran = own["mean"].notna().all()
+        table[claim] = {"the paper": paper, "here": here if ran else "",
+                        "agrees": verdict if ran else "not run"}
     return pandas.DataFrame(table).T
 
 # --- the page ------------------------------------------------------------------------------------
@@ -425,9 +407,9 @@ SECTIONS = (  # title, what to see, what draws it, and with what
     ("Figure 9: the words by context", "Each is said less, the more the context tells.",
      lambda page, found: word_bars(page, uses(found.answered("contexts")))),
     ("Table 2: the last checkpoints", "As evaluate.py asks them.", tables, "evaluation"),
-    ("Figures 1, 3-5, 15-18: over the steps", "SDPO's answers get short and sure, and wrong out of "
-     "distribution. OPSD's hybrid gains first in the paper, but not on the toy: its teacher, who "
-     "sees the solution, doubts less than the student.", over_steps, "run"),
+    ("Figures 1, 3-5, 15-18: over the steps", "SDPO gets short, sure, and wrong out of distribution. "
+     "OPSD's hybrid gains first in the paper; not on the toy, whose teacher doubts least.",
+     over_steps, "run"),
     ("Figures 3, 4, 14: what the teacher is shown", "The less, the less is lost.",
      over_steps, "run", "demonstration"),
     ("Figure 6: a teacher that follows", "By its rate. In the paper SDPO falls further; the toy has "
@@ -459,7 +441,8 @@ section > img { grid-column: auto; width: 100%; max-width: 576px } mark { backgr
 table { border-collapse: collapse } tr { border-bottom: 1px solid #ddd; vertical-align: top }
 td, th { padding: .1em .7em; text-align: left } pre { white-space: pre-wrap }
 .wide td, .wide thead th { white-space: nowrap; text-align: right } .traces * { max-width: 25em }
-@media (max-width: 600px) { .claims tr > *, .traces tr > * { display: block } }
+@media (max-width: 600px) { .claims thead { display: none }
+  .claims tr > *, .traces tr > * { display: block } }
 </style><h1>Self-distillation, measured</h1>"""
 
 def write(out, files):
