@@ -12,7 +12,6 @@ from pathlib import Path, PurePath
 
 import pandas
 from matplotlib import pyplot
-
 import epistemic
 
 # --- reading -------------------------------------------------------------------------------------
@@ -46,7 +45,6 @@ def read_lines(path, fields={}, growing=False):
     return [parse(row, f"{path}, row {number}", fields) for number, row in enumerate(rows, 1)]
 
 def read_answers(path, benchmark):
-    """Those of a file; of one benchmark, if it is named."""
     return [row for row in read_lines(path, ANSWER) if benchmark in (None, row.get("benchmark"))]
 
 @functools.cache
@@ -81,7 +79,6 @@ def read_folder(name, seed, path, config):
     model = min(model, key=lambda m: "/step_" in m) if isinstance(model, list) else model
     model = "/".join(PurePath(str(model)).parts[-2:])
     model += "" if config.get("enable_thinking", True) else ", thinking off"
-
     steps = [check(row, MEANS | dict(step=int), f"{file}, row {number}") for number, row in
              enumerate(read_lines(file, growing=True), 1) if "score" in row]  # SFT has none
     for i, row in enumerate(steps):
@@ -121,7 +118,6 @@ def find(roots):
             found[inner or own, int(seeds[-1][5:]), path] = None
     return {key: read_json(key[2] / "config.json") for key in sorted(found)}
 
-# flags that change nothing that is compared
 UNCOMPARED = re.compile("run_dir|seed|commit|versions|world_size|resume|wandb|steps|.*_every|"
                         "eval_.*|tokens_per_.*|recompute_.*|offload_.*|gpu_memory_.*")
 
@@ -144,7 +140,6 @@ class Found:
             counted(*row.answers)[0].groupby("index")[row.quantity].mean().sem()
             if isinstance(row.answers, tuple) and row.quantity in MEANS else row.error
             for row in self.end.itertuples()]
-
         runs = {*table.arm[table.kind == "run"]}
         self.configs = {name: config for (name, *_), config in folders.items() if name in runs}
         # question sets and strengths, NAME_NUMBER, and controls leave the room to the others
@@ -161,7 +156,6 @@ class Found:
                 for values in groups.values() if len({*values.values()}) > 1]
 
     def answered(self, *kinds):
-        """The last results that have answers: a row an arm, seed and benchmark."""
         rows = self.end[self.end.kind.isin(kinds) & (self.end.quantity == "score")]
         return rows[rows.answers.notna()]
 
@@ -180,8 +174,8 @@ pyplot.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "a
 def spread(rows):
     """Means and standard errors: over the seeds; of one seed over its questions."""
     same = rows.groupby(["arm", "benchmark", "quantity"], sort=False)
-    errors = same.value.sem().fillna(same.error.first())
-    return pandas.DataFrame(dict(mean=same.value.mean(), error=errors, seeds=same.size()))
+    return pandas.DataFrame(dict(mean=same.value.mean(), seeds=same.size(),
+                                 error=same.value.sem().fillna(same.error.first())))
 
 def in_text(quantity, mean, error):
     form = QUANTITIES.get(quantity, ["", "", ".3f"])[2]
@@ -190,13 +184,12 @@ def in_text(quantity, mean, error):
 def grid(numbers):
     """A row an arm, a column a benchmark's quantity, training first."""
     rows = defaultdict(dict)
-    for (arm, benchmark, quantity), mean, error, _ in numbers.itertuples():
+    for (arm, benchmark, quantity), mean, _, error in numbers.itertuples():
         rows[arm][f"{benchmark} {quantity}".strip()] = in_text(quantity, mean, error)
     table = pandas.DataFrame.from_dict(rows, orient="index")
     return table[sorted(table, key=lambda name: "training" not in name)].fillna("")
 
 class Page:
-    """The HTML of the sections, and the files beside it."""
     def __init__(self):
         self.html, self.files, self.section = "", {}, ""
 
@@ -261,7 +254,7 @@ def figures(page, rows, x="step", xlabel="step"):
             title = f"{name} {PLACES.get(b, f'on {b}')}\n{group}"
             page.figure(title, lines, series, xlabel, unit)
 
-def over_steps(page, found, kind, flag=None, benchmarks=()):
+def over_steps(page, found, flag=None, kind="run", benchmarks=()):
     """Of all runs, or of those that differ in one flag alone."""
     rows = found.results[found.results.kind == kind]
     rows = rows[rows.benchmark.isin(benchmarks)] if benchmarks else rows
@@ -269,7 +262,7 @@ def over_steps(page, found, kind, flag=None, benchmarks=()):
         labels = {arm: f"{arms[arm]} ({arm})" if flag else arm for arm in arms}
         figures(page, rows.assign(label=rows.arm.map(labels)))
 
-def over_question_sets(page, found):
+def over_sizes(page, found):
     ends = found.end[found.end.kind == "run"]
     for sizes in found.alike_but_for("num_questions"):
         base = [ends[ends.arm == "base"].assign(label="base", size=n) for n in sizes.values()]
@@ -324,12 +317,11 @@ def token_kl(page, found):
             page.table(f"{name}, seed {seed}: the mean of tokens seen 25 times is {mean:.3f}",
                        tokens.assign(mean=kl, ratio=kl / mean)[ten].sort_values("ratio").round(3))
 
-def trace(arm, answer):
+def trace(arm, a):
     """The ten words are marked as epistemic.py counts them: as substrings, in any case."""
-    text = re.sub("|".join(MARKERS), r"<mark>\g<0></mark>", html.escape(answer["response"]),
-                  flags=re.I | re.A)
-    return (f"<b>{html.escape(arm)}: {'right' if answer['correct'] else 'wrong'}</b>, "
-            f"{answer['tokens']:,} tokens, {answer['epistemic']} words of doubt<pre>{text}</pre>")
+    text = re.sub(f"(?ia){'|'.join(MARKERS)}", r"<mark>\g<0></mark>", html.escape(a["response"]))
+    return (f"<b>{html.escape(arm)}: {'right' if a['correct'] else 'wrong'}</b>, {a['tokens']:,} "
+            f"tokens, {epistemic.count(a['response'])} words of doubt<pre>{text}</pre>")
 
 def traces(page, found):
     """Beside each other, to a question, the first answers; first where not all agree."""
@@ -345,24 +337,22 @@ def traces(page, found):
         cells = chosen.apply(lambda answers: answers.map(functools.partial(trace, answers.name)))
         cells.index = [html.escape(f"{asked.get((benchmark, i), f'Question {i}')} Right: {a}")
                        for i, a in chosen.iloc[:, 0].map(lambda a: a.get("answer")).items()]
-        page.html += (f"<b>{html.escape(f'{group} {benchmark}')}: on {differ.sum()} of {len(differ)} "
-                      "questions not all are right or wrong</b><div class=traces>"
+        page.html += (f"<b>{html.escape(f'{group} {benchmark}')}: not all agree on {differ.sum()} "
+                      f"of {len(differ)} questions</b><div class=traces>"
                       f"{cells.to_html(escape=False, header=False, border=0)}</div>")
 
 def settings(page, found):
-    flags = pandas.DataFrame({arm: {flag: str(value) for flag, value in config.items()}
-                              for arm, config in found.configs.items()}).fillna("").T
+    flags = pandas.DataFrame(found.configs).T.fillna("").astype(str)
     if len(flags):  # those first in which runs differ
         page.table("The runs' flags", flags[sorted(flags, key=lambda f: flags[f].nunique() == 1)])
 
 CLAIMS = (  # the claim; the paper's numbers; what is compared; the order, with >= for "not below"
     ("Takeaway 1, Table 1: the more the context tells, the fewer words of doubt", "182.5 > 159.8 > "
      "24.1 > 8.8", "contexts", "", "epistemic", "unguided > without_think > regenerated > full"),
-    ("Takeaway 2, Table 2: fine-tuning on sure right answers costs score, on doubtful ones not",
-     "AIME24 51.0, 54.8 > 20.2", "evaluation", "OTHER", "score",
-     "SFT on d_ug >= base > SFT on d_sg"),
+    ("Takeaway 2, Table 2: right answers without doubt teach to be wrong, doubtful ones not",
+     "51.0, 54.8 > 20.2", "evaluation", "OTHER", "score", "SFT on d_ug >= base > SFT on d_sg"),
     ("Takeaway 3, Section 5: GRPO keeps the score on other questions, SDPO does not",
-     "AIME24 56.0, 54.7 > 40% less", "run", "OTHER", "score", "grpo >= base > sdpo"),
+     "56.0, 54.7 > 40% less", "run", "OTHER", "score", "grpo >= base > sdpo"),
     ("Takeaway 3, Table 5: GRPO keeps the words of doubt, SDPO does not", "24.4, 21.4 > 9.2",
      "run", "OTHER", "epistemic", "grpo >= base > sdpo"),
     ("Takeaway 4, Figure 7: few questions SDPO learns as well", "|D| up to 128", "run", "training",
@@ -389,8 +379,8 @@ def claims(found, model):
         noise = 2 * (own.error.fillna(0) ** 2).rolling(2).sum()[1:] ** 0.5
         signs = [">" if a > n else "<" if a < -n else "≈" for a, n in zip(apart, noise)]
         agrees = all(sign == ">" or sign + want == "≈>=" for sign, want in zip(signs, claimed))
-        here = " ".join(f"{key[0]} {in_text(quantity, mean, error)} {sign}" for key, mean, error, sign
-                        in zip(keys, own["mean"], own.error, [*signs, ""]))
+        here = " ".join(f"{key[0]} {in_text(quantity, mean, error)} {sign}" for key, mean, error,
+                        sign in zip(keys, own["mean"], own.error, [*signs, ""]))
         verdict = "no" if "<" in signs else "yes" if agrees else "too close to tell"
         ran = own["mean"].notna().all()
         table[claim] = {"the paper": paper, "here": here if ran else "",
@@ -407,29 +397,25 @@ SECTIONS = (  # title, what to see, what draws it, and with what
     ("Figure 9: the words by context", "Each is said less, the more the context tells.",
      lambda page, found: word_bars(page, uses(found.answered("contexts")))),
     ("Table 2: the last checkpoints", "As evaluate.py asks them.", tables, "evaluation"),
-    ("Figures 1, 3-5, 15-18: over the steps", "SDPO gets short, sure, and wrong out of distribution. "
-     "OPSD's hybrid gains first in the paper; not on the toy, whose teacher doubts least.",
-     over_steps, "run"),
-    ("Figures 3, 4, 14: what the teacher is shown", "The less, the less is lost.",
-     over_steps, "run", "demonstration"),
-    ("Figure 6: a teacher that follows", "By its rate. In the paper SDPO falls further; the toy has "
-     "nothing left to lose.", over_steps, "run", "ema"),
-    ("Figure 7: training by |D|", "Few questions SDPO learns quickly and in short answers, many not.",
-     over_steps, "run", "num_questions", ["training"]),
-    ("Figure 8: evaluation by |D|", "GRPO gains with |D|, SDPO stays below the base.",
-     over_question_sets),
-    ("Figure 11: the words by |D|", "Against the base: with few questions SDPO loses most.",
-     changed_words, "num_questions"),
-    ("Figure 20a: top-k of the loss", "No width prevents the fall.", over_steps, "run", "top_k"),
-    ("Figure 20b: the learning rate", "A lower one delays the fall.", over_steps, "run", "lr"),
-    ("Remedies: score against length", "Wanted: top left. A line joins a remedy's strengths.",
-     score_against_length),
-    ("Figures 4, 6, 19: checkpoints", "acc@n and pass@n of evaluate.py.", over_steps, "evaluation"),
+    ("Figures 1, 3-5, 15-18: over the steps", "SDPO gets short, sure, and on other questions "
+     "wrong. OPSD's hybrid gains first in the paper; not on the toy: its teacher doubts least.",
+     over_steps),
+    ("Figures 3, 4, 14: demonstration", "The less, the less is lost", over_steps, "demonstration"),
+    ("Figure 6: a teacher that follows", "By its rate. In the paper SDPO falls further; the toy, "
+     "which has nothing left to lose, does not.", over_steps, "ema"),
+    ("Figure 7: training by |D|", "SDPO learns few questions quickly, in short answers; many not.",
+     over_steps, "num_questions", "run", ["training"]),
+    ("Figure 8: evaluation by |D|", "GRPO gains with |D|, SDPO stays below the base.", over_sizes),
+    ("Figure 11: words by |D|", "SDPO loses most with few.", changed_words, "num_questions"),
+    ("Figure 20a: top-k of the loss", "No width prevents the fall.", over_steps, "top_k"),
+    ("Figure 20b: the learning rate", "A lower one delays the fall.", over_steps, "lr"),
+    ("Remedies", "Wanted: top left. A line joins a remedy's strengths.", score_against_length),
+    ("Figures 4, 6, 19: checkpoints", "acc@n, pass@n; evaluate.py", over_steps, "", "evaluation"),
     ("Figures 3d, 4d, 12, 16d: the words against the base", "Last, the mean size of the change of "
-     "all other words. In the paper the ten change 30 to 40 times as much; not on the toy, which has "
+     "all other words. In the paper the ten change 30 to 40 times as much; not on the toy: it has "
      "400 tokens and says little but checks, so that all its words change.", changed_words),
-    ("Table 6: where student and teacher part", "In the paper, at the ten words 1.9 to 6.8 times as "
-     "far as on average.", token_kl),
+    ("Table 6: where student and teacher part", "In the paper, at the ten words 1.9 to 6.8 times "
+     "as far as on average.", token_kl),
     ("Read the traces", "The ten words are marked.", traces))
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Self-distillation</title>
@@ -482,13 +468,12 @@ def report(folders, out):
             sections[page.section] = f"<h2>{page.section}</h2><p>{caption}</p>{page.html}"
     commits = {str(config.get("commit", "unknown"))[:7] for config in found.configs.values()}
     links = " · ".join(f'<a href="#{i}">{title}</a>' for i, title in enumerate(sections))
-    text = (f"{PAGE}{top}<p>±: a standard error, over seeds, else over questions, of training over "
-            "steps; ≈: less than two of them apart; a band: from the lowest seed to the highest; "
-            f"epistemic: {', '.join(MARKERS)}. Drawn {pandas.Timestamp.now():%Y-%m-%d} from runs of "
-            f"commit {', '.join(sorted(commits))}.</p><p>{links}</p>"
+    text = (f"{PAGE}{top}<p>±: standard error, over seeds, else over questions, in training over "
+            "steps; ≈: less than two of it apart; band: from the lowest seed to the highest; words "
+            f"of doubt, or epistemic: {', '.join(MARKERS)}. {pandas.Timestamp.now():%Y-%m-%d}, "
+            f"runs of commit {', '.join(sorted(commits))}.</p><p>{links}</p>"
             + "".join(f'<section id="{i}">{s}</section>\n' for i, s in enumerate(sections.values()))
             + "<p>Other sections have nothing to draw in these folders.</p>")
-
     pictures = [content for name, content in page.files.items() if name.endswith("png")]
     figure = pyplot.figure(figsize=(19.2, 10), layout="constrained")
     for i, picture in enumerate(pictures[:12], 1):
