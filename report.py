@@ -164,7 +164,7 @@ class Found:
 QUANTITIES = dict(score=("Score", "share right", ".3f"), length=("Length", "tokens", ",.0f"),
                   epistemic=("Words of doubt", "uses an answer", ".1f"))
 PLACES = {"training": "in training", "in": "in domain", "ood": "out of distribution"}
-pandas.set_option("display.max_colwidth", None)
+pandas.set_option("display.max_colwidth", None, "mode.string_storage", "python")  # half emojis
 pyplot.switch_backend("Agg")
 pyplot.style.use("tableau-colorblind10")
 pyplot.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
@@ -314,8 +314,8 @@ def token_kl(page, found):
             # ours: the paper does not say what is frequent; its rarest variant has 25
             mean = kl[tokens["count"] >= 25].mean()
             ten = tokens.index.str.strip(" :,.").str.lower().isin(MARKERS)
-            page.table(f"{name}, seed {seed}: the mean of tokens seen 25 times is {mean:.3f}",
-                       tokens.assign(mean=kl, ratio=kl / mean)[ten].sort_values("ratio").round(3))
+            tokens = tokens.assign(mean=kl, ratio=kl / mean)[ten].rename("‘{}’".format).round(3)
+            page.table(f"{name}, seed {seed}; {mean:.3f} on average", tokens.sort_values("ratio"))
 
 def trace(arm, a):
     """The ten words are marked as epistemic.py counts them: as substrings, in any case."""
