@@ -228,12 +228,12 @@ def lines(axis, series):
     axis.locator_params(axis="x", integer=True)
     if seeds.index.name == "size":
         axis.set_xscale("log", base=2)
-        axis.set_xticks(seeds.index, seeds.index)
+        axis.set_xticks(seeds.index, seeds.index.astype(int), rotation=90)
 
 def bars(axis, series):
     """{name: uses of words, a column a seed}. Their mean, for each word that is said."""
     means = pandas.DataFrame({name: seeds.mean(axis=1) for name, seeds in series.items()})
-    means = means[means.any(axis=1)].sort_values([*means], key=abs)
+    means = means.loc[means.abs().max(axis=1).sort_values().loc[lambda most: most > 0].index]
     axis.figure.set_figheight(1.5 + 0.13 * len(means) * (len(series) + 1))
     means.plot.barh(ax=axis, width=0.8)
 
@@ -315,18 +315,19 @@ def token_kl(page, found):
             mean = kl[tokens["count"] >= 25].mean()
             ten = tokens.index.str.strip(" :,.").str.lower().isin(MARKERS)
             tokens = tokens.assign(mean=kl, ratio=kl / mean)[ten].rename("‘{}’".format).round(3)
-            page.table(f"{name}, seed {seed}; {mean:.3f} on average", tokens.sort_values("ratio"))
+            page.table(f"{name} {seed}: {mean:.3f} on average", tokens.sort_values("ratio")[::-1])
 
 def trace(arm, a):
     """The ten words are marked as epistemic.py counts them: as substrings, in any case."""
     text = re.sub(f"(?ia){'|'.join(MARKERS)}", r"<mark>\g<0></mark>", html.escape(a["response"]))
     return (f"<b>{html.escape(arm)}: {'right' if a['correct'] else 'wrong'}</b>, {a['tokens']:,} "
-            f"tokens, {epistemic.count(a['response'])} words of doubt<pre>{text}</pre>")
+            f"tokens, {epistemic.count(a['response'])} words of doubt<pre>" + text + "</pre>").replace(
+                "\n", "<br>")  # pandas would show it as a letter
 
 def traces(page, found):
     """Beside each other, to a question, the first answers; first where not all agree."""
     asked = {}  # evaluate.py's answers hold their question
-    rows = found.answered("evaluation", "run", "contexts").sort_values("kind", kind="stable")
+    rows = pandas.concat(map(found.answered, ("evaluation", "run", "contexts")))
     rows = rows[~rows.arm.isin(found.aside)].drop_duplicates(["group", "benchmark", "arm"])
     for (group, benchmark), arms in rows.groupby(["group", "benchmark"], sort=False):
         first = pandas.DataFrame({r.arm: {a["index"]: a for a in read_answers(*r.answers)[::-1]}
@@ -335,7 +336,7 @@ def traces(page, found):
         chosen = first.loc[sorted(differ.index, key=lambda i: (not differ[i], i))[:6]]
         asked |= {(benchmark, a["index"]): a["question"] for a in chosen.stack() if "question" in a}
         cells = chosen.apply(lambda answers: answers.map(functools.partial(trace, answers.name)))
-        cells.index = [html.escape(f"{asked.get((benchmark, i), f'Question {i}')} Right: {a}")
+        cells.index = [html.escape(f"{asked.get((benchmark, i), f'Question {i}')} Right: {a}").replace("\n", " ")
                        for i, a in chosen.iloc[:, 0].map(lambda a: a.get("answer")).items()]
         page.html += (f"<b>{html.escape(f'{group} {benchmark}')}: not all agree on {differ.sum()} "
                       f"of {len(differ)} questions</b><div class=traces>"
@@ -383,7 +384,7 @@ def claims(found, model):
                         sign in zip(keys, own["mean"], own.error, [*signs, ""]))
         verdict = "no" if "<" in signs else "yes" if agrees else "too close to tell"
         ran = own["mean"].notna().all()
-        table[claim] = {"the paper": paper, "here": here if ran else "",
+        table[claim] = {"the paper; scores of AIME24": paper, "here": here if ran else "",
                         "agrees": verdict if ran else "not run"}
     return pandas.DataFrame(table).T
 
@@ -400,7 +401,7 @@ SECTIONS = (  # title, what to see, what draws it, and with what
     ("Figures 1, 3-5, 15-18: over the steps", "SDPO gets short, sure, and on other questions "
      "wrong. OPSD's hybrid gains first in the paper; not on the toy: its teacher doubts least.",
      over_steps),
-    ("Figures 3, 4, 14: demonstration", "The less, the less is lost", over_steps, "demonstration"),
+    ("Figures 3, 4, 14: demonstration", "Shown less, it loses less.", over_steps, "demonstration"),
     ("Figure 6: a teacher that follows", "By its rate. In the paper SDPO falls further; the toy, "
      "which has nothing left to lose, does not.", over_steps, "ema"),
     ("Figure 7: training by |D|", "SDPO learns few questions quickly, in short answers; many not.",
@@ -426,7 +427,7 @@ section > * { grid-column: 1 / -1; min-width: 0; margin: .3em 0 } .wide { overfl
 section > img { grid-column: auto; width: 100%; max-width: 576px } mark { background: #ffd54d }
 table { border-collapse: collapse } tr { border-bottom: 1px solid #ddd; vertical-align: top }
 td, th { padding: .1em .7em; text-align: left } pre { white-space: pre-wrap }
-.wide td, .wide thead th { white-space: nowrap; text-align: right } .traces * { max-width: 25em }
+.wide td, .wide thead th { white-space: nowrap; text-align: right } .traces td { min-width: 17em }
 @media (max-width: 600px) { .claims thead { display: none }
   .claims tr > *, .traces tr > * { display: block } }
 </style><h1>Self-distillation, measured</h1>"""
@@ -459,7 +460,6 @@ def report(folders, out):
         table = claims(found, model)
         page.table(f"The paper's claims, and {model}", table, style="claims")
         print("", *(f"{row.agrees:18} {row.Index}" for row in table.itertuples()), sep="\n")
-
     top = page.html
     for page.section, caption, draw, *more in SECTIONS:
         page.html = ""

@@ -271,7 +271,7 @@ def test_table_6(made, tmp_path):
         "3": dict(text=" waits", kl=10.0, count=100)})
     _, page = made(tmp_path / "sdpo")
     # the mean over frequent tokens: (.3 + .1) / 2
-    assert "0.200 on average" in page and "waits" not in page
+    assert "sdpo 0: 0.200 on average" in page and "waits" not in page
     assert row(page, "‘ wait’")[1:] == ["100", "0.3", "1.5"]
     assert row(page, "‘Wait’")[1:] == ["10", "0.1", "0.5"]
 
