@@ -448,8 +448,8 @@ def generate(llm, verifier, questions, seed, after_think=False, **sampling):
     outputs = llm.generate([dict(prompt_token_ids=q["prompt_ids"]) for q in questions],
                            SamplingParams(detokenize=False, **sampling),
                            use_tqdm=dist.get_rank() == 0 and progress)
-    answers = [o for output in outputs for o in output.outputs]
-    texts = llm.get_tokenizer().batch_decode([o.token_ids for o in answers], True)
+    answers, decode = [o for output in outputs for o in output.outputs], llm.get_tokenizer().decode
+    texts = [decode(o.token_ids, skip_special_tokens=True) for o in answers]
     golds = [q["answer"] for q, output in zip(questions, outputs) for _ in output.outputs]
     rewards = verifier.verify(texts, golds, after_think=after_think)  # 1 correct, 0 not
     for o, text, reward in zip(answers, texts, rewards):
@@ -623,6 +623,8 @@ def begin_run(args):
     """Writes config.json. ValueError if the run began with other flags; only --steps may grow."""
     import transformers
     path = Path(args.run_dir, "config.json")
+    if os.environ.get("RANK", "0") != "0":
+        return
     began = json.loads(path.read_text()) if resumable(args.run_dir) else vars(args)
     changed = [f"--{name} was {began.get(name)}" for name, value in vars(args).items()
                if began.get(name) != value and (name != "steps" or value < began["steps"])]
@@ -632,14 +634,12 @@ def begin_run(args):
     if not path.exists() and path.parent.exists() and any(path.parent.iterdir()):
         raise ValueError(f"--run_dir {args.run_dir} holds something else: name a new folder")
     commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
-    if os.environ.get("RANK", "0") == "0":
-        write_lines(path, [dict(
-            vars(args), script=Path(sys.argv[0]).name, commit=commit,
-            world_size=int(os.environ.get("WORLD_SIZE", 1)),
-            versions=dict(torch=torch.__version__, transformers=transformers.__version__))])
-        if args.wandb:  # its own WANDB_PROJECT, WANDB_NAME, ... apply
-            import wandb
-            wandb.init(id=re.sub(r"\W", "-", args.run_dir), resume="allow", config=vars(args))
+    versions = dict(torch=torch.__version__, transformers=transformers.__version__)
+    write_lines(path, [dict(vars(args), script=Path(sys.argv[0]).name, commit=commit,
+                            versions=versions, world_size=int(os.environ.get("WORLD_SIZE", 1)))])
+    if args.wandb:  # its own WANDB_PROJECT, WANDB_NAME, ... apply
+        import wandb
+        wandb.init(id=re.sub(r"\W", "-", args.run_dir), resume="allow", config=vars(args))
 
 def write_lines(path, rows):
     """JSON Lines, written aside and renamed: a reader never finds half a file."""

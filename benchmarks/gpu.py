@@ -9,7 +9,7 @@ network. Random answers are never right, so every other one counts as right, and
 Each section is a process of its own: where one fails, a line says so and the next begins.
     fit      two steps of the script with made-up rollouts of the paper's length
     sample   two steps with rollouts that vLLM samples, shorter: mismatch, decoding rate, KV cache
-    seeds    are rollouts the same under one seed, and others under another, or on another rank?
+    seeds    are rollouts the same under one seed, and others under another?
     rate     share of the matrix rate in an update (update.py), layers compiled and not
     trl      the update against TRL's, if trl is installed
     resume   the toy: four steps against two and, resumed, two
@@ -23,9 +23,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
@@ -34,6 +34,7 @@ import numpy as np
 import torch
 
 import memory
+from verifier import Verifier
 from update import ROOT, SHAPES, TOY, Parts, build, config_of, in_subprocess
 
 DATA = str(ROOT / "toy/data/train.jsonl")
@@ -84,60 +85,53 @@ def make_model(args):
             path.write_text(json.dumps(tokenizer))
     return [], dict(device=name)
 
-def random_rewards(verifier, groups, questions, **how):
-    """In place of grade: half of each group is right."""
-    rollouts = [r for group in groups for r in group]
-    for i, r in enumerate(rollouts):
-        r.reward, r.finished = float(i % 2), True
-    return rollouts
+def half_right(groups):
+    """Every other answer of each group counts as right, and all as finished."""
+    for group in groups:
+        for i, o in enumerate(group):
+            o.reward, o.finish_reason = float(i % 2), "stop"
+    return groups
 
-class Watch(threading.Thread):
-    """The most memory in use in each phase, bytes: of the whole GPU; on CPU, of this process."""
-
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.phase, self.most = "start-up", {}
-
-    def run(self):
-        while True:
-            if torch.cuda.is_available():
-                free, total = torch.cuda.mem_get_info()
-                used = total - free
-            else:
-                pages = int(Path("/proc/self/statm").read_text().split()[1])
-                used = pages * os.sysconf("SC_PAGESIZE")
-            self.most[self.phase] = max(used, self.most.get(self.phase, 0))
-            time.sleep(0.05)
+def memory_used():
+    """Bytes in use now: of the whole GPU; on CPU, of this process."""
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        return total - free
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 def steps(args, algorithm, length, questions, made_up):
     """Two steps of the script's main(): its metrics, and what was measured around it, a dict."""
     script, began = __import__(algorithm), time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    watch, parts, seen = Watch(), Parts(device), dict(ends=[])
-    script.grade, script.save_checkpoint = random_rewards, lambda *_: None
-    if made_up:
+    parts, seen = Parts(device), dict(ends=[], most={})
+    script.save_checkpoint, sample = lambda *_: None, script.generate
+    def generate(llm, verifier, questions, seed, after_think=False, **sampling):
+        if not made_up:
+            return half_right(sample(llm, verifier, questions, seed, after_think, **sampling))
         rng = np.random.default_rng(0)
-        def generate(llm, questions, n, seed, max_tokens, **sampling):
-            return [[script.Rollout(
-                row, q["prompt_ids"], rng.integers(5, vocabulary, length).tolist(),
-                np.full(length, -np.log(vocabulary), np.float32), shown, True)
-                for _ in range(n)] for row, q in enumerate(questions)]
+        logprobs = SimpleNamespace(logprobs=[-np.log(vocabulary)] * length)
+        return half_right([[SimpleNamespace(
+            token_ids=rng.integers(5, vocabulary, length).tolist(), text=demonstration,
+            logprobs=logprobs) for _ in range(sampling.get("n", 1))] for _ in questions])
+    script.generate = generate
+    if made_up:
         vocabulary = config_of(args.folder).vocab_size
-        shown = "7 " * (args.size["demonstration"] // 2)  # two tokens each, for the toy's tokenizer
-        script.generate, script.check_engine = generate, lambda *_: None
+        # two tokens each, for the toy's tokenizer
+        demonstration = "7 " * (args.size["demonstration"] // 2)
+        script.MISMATCH_LIMIT = float("inf")
 
     def phase(owner, function, name):
         inner = parts.timed(name, getattr(owner, function))
         def call(*a, **k):
-            before, watch.phase = watch.phase, name
             result = inner(*a, **k)
-            watch.phase = before
+            # torch keeps what it has taken until sync_weights: a phase's end shows its peak
+            seen["most"][name] = max(seen["most"].get(name, 0), memory_used())
             return result
         setattr(owner, function, call)
-    for function in ("generate", "backward", "load_teacher", "update", "sync_weights"):
+    for function in ("generate", "with_gradients", "load_teacher", "update", "sync_weights"):
         if hasattr(script, function):
             phase(script, function, function)
-    for function in ("fold", "step"):
+    for function in ("add_gradients", "step"):
         phase(script.MasterAdamW, function, function)
     make_engine, sync_weights, log = script.make_engine, script.sync_weights, script.log
     def engine(*a):
@@ -152,22 +146,21 @@ def steps(args, algorithm, length, questions, made_up):
         log(*a)
         seen["ends"].append(dict(parts.seconds))
         parts.seconds.clear()
-        watch.phase = "between"
     script.make_engine, script.sync_weights, script.log = engine, sync, note
     run_dir = Path(tempfile.mkdtemp()) / "run"
     sys.argv = [f"{algorithm}.py", "--model", args.folder, "--data", DATA, "--eval_data",
                 "--questions_per_step", str(questions), "--minibatch_questions", str(questions),
                 "--max_response_tokens", str(length), "--steps", "2", "--run_dir", str(run_dir),
                 "--gpu_memory_utilization", args.gpu_memory_utilization]
-    watch.start()
     script.main()
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return json.loads(lines[1]), dict(seen, most=watch.most)
+    return json.loads(lines[1]), seen
 
 def rows_of(algorithm, what, seen):
     """A row of seconds and one of memory."""
-    names = dict(sync_weights="sync", generate="rollout", load_teacher="teacher loaded",
-                 update="update", backward="of it backward", fold="fold", step="optimizer step")
+    names = dict(sync_weights="sync", generate="rollout", with_gradients="DDP made",
+                 load_teacher="teacher loaded", update="update",
+                 add_gradients="of it gradients to their owners", step="of it optimizer step")
     first, second = seen["ends"]
     seconds = ", ".join(f"{label} {second[name]:.2f}" for name, label in names.items()
                         if name in second)
@@ -202,29 +195,27 @@ def seeds(args, algorithm):
     from transformers import AutoTokenizer
     script = __import__(algorithm)
     length = args.size["sampled"]
-    settings = script.parse_args([
+    settings = script.make_parser().parse_args([
         "--model", args.folder, "--rollouts", "4", "--max_response_tokens", str(length),
         "--gpu_memory_utilization", args.gpu_memory_utilization])
     tokenizer = AutoTokenizer.from_pretrained(args.folder)
-    questions = script.with_prompts(DATA, tokenizer, settings)[:8]
+    questions = script.read_questions(DATA, tokenizer, settings)[:8]
     device = script.start_process_group()
-    llm = script.make_engine(settings, device)
+    llm = script.make_engine(args.folder, settings.max_prompt_tokens + length, settings, device)
     model = script.load_model(args.folder, device)
-    script.grade = random_rewards
     script.sync_weights(llm, model)
+    verifier = Verifier()
     def by_seed(seed):
-        groups = script.generate(llm, questions, 4, seed, length, temperature=1.0)
-        return [r.response_ids for group in groups for r in group]
-    def by_rank(first_row):  # what a rank samples whose rows begin there
-        return [r.response_ids for r in script.sample_groups(
-            llm, None, tokenizer, questions, first_row, 1, settings)]
+        groups = script.generate(llm, verifier, questions, seed, n=4, max_tokens=length)
+        return [list(o.token_ids) for group in groups for o in group]
     def same(a, b):
         return f"{sum(x == y for x, y in zip(a, b, strict=True))} of {len(a)} the same"
     runner = llm.collective_rpc(lambda worker: type(worker.model_runner).__module__)[0]
-    a, b, c, d, e = by_seed(1), by_seed(1), by_seed(2), by_rank(0), by_rank(8)
+    a, b, c = by_seed(1), by_seed(1), by_seed(2)
+    verifier.close()
     llm.llm_engine.engine_core.shutdown()
-    return [["seeds: rollouts under the same seed twice; under another; on another rank",
-             f"{same(a, b)}; {same(a, c)}; {same(d, e)} (`{runner}`)", ""]], {}
+    return [["seeds: rollouts under the same seed twice; under another",
+             f"{same(a, b)}; {same(a, c)} (`{runner}`)", ""]], {}
 
 def rate(args, algorithm):
     """The update alone; with no and with compiled layers."""
@@ -247,14 +238,14 @@ def rate(args, algorithm):
     return rows, rates
 
 def trl(args, algorithm):
-    """ours beside TRL's trainer and the naive arm, AdamW on the GPU in all three."""
+    """ours, with AdamW in CPU memory, beside TRL's trainer and the naive arm, on the GPU there."""
     if not importlib.util.find_spec("trl"):
         return [[f"`{algorithm}.py` against TRL", "trl is not installed", ""]], {}
     parts, kept = [], ["--no-recompute_layers"]
     for arm, more in (("ours", []), ("ours", kept), ("trl", []), ("naive", [])):
         r, said = in_subprocess([
             str(HERE / "update.py"), "--model", shape(args), "--algorithm", algorithm, "--arm", arm,
-            "--no-offload_optimizer", *more, *args.size["trl"]], args.timeout)
+            *more, *args.size["trl"]], args.timeout)
         name = f"{arm}{', layers not recomputed' if more else ''}"
         parts.append(f"{name}: {said}" if r is None else
                      f"{name} {r['seconds']:.2f} s, {r['peak'] / 2**30:.1f} GiB")
@@ -275,7 +266,7 @@ def resume(args, algorithm):
             raise RuntimeError(f"{name}: {(done.stderr.strip() or 'no word').splitlines()[-1]}")
     run("whole", "4")
     run("broken", "2")
-    run("broken", "4", "--resume")
+    run("broken", "4")
     a, b = (load_file(folder / name / "checkpoints/step_4/model.safetensors")
             for name in ("whole", "broken"))
     count = sum(w.numel() for w in a.values())

@@ -1,4 +1,5 @@
-"""What the loss needs beyond the model's own memory: sdpo.token_losses, forward and backward.
+"""What the loss needs beyond the model's own memory: sdpo.teacher_buckets and sdpo.token_losses,
+forward and backward.
 
     python benchmarks/loss.py                     # 22,528 tokens, V = 151,936, top-k 100
     python benchmarks/loss.py --full              # beside it: all logits at once (needs 80 GB)
@@ -42,7 +43,8 @@ def main():
     peak(device, reset=True)
     before = peak(device, reset=True)
     start = time.perf_counter()
-    losses, *_ = sdpo.token_losses(hidden, head, targets, 1.0, (shown, teacher), args.top_k, 0.5)
+    buckets = sdpo.teacher_buckets((hidden, head), (shown, teacher), args.top_k, 1.0)
+    losses, _ = sdpo.token_losses(hidden, head, targets, 1.0, *buckets, alpha=0.5)
     losses.mean().backward()
     wait(device)
     seconds, extra = time.perf_counter() - start, peak(device) - before

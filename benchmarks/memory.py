@@ -2,13 +2,14 @@
 
     python benchmarks/memory.py          # the README's hardware table: computed, no GPU needed
 
-A rank's GPU holds, by turns (sdpo.py: load_teacher, free_gradients, sleep):
+A rank's GPU holds, in turn (sdpo.py: sleep, with_gradients, load_teacher, free):
     sampling   the student's weights, and vLLM within its --gpu_memory_utilization: weights, KV
                cache, and OVERHEAD for CUDA graphs and the room that its profile keeps free
-    update     weights, gradients and (sdpo) the teacher; the activations of one micro-batch; what
-               vLLM keeps while it sleeps
-and, with --no-offload_optimizer, its share of AdamW's 14 bytes a parameter all the time.
-GB are 1e9 bytes. A "GPU of 80 GB" has 85: its name counts GiB.
+    update     weights, gradients and (sdpo) the teacher; the activations of one micro-batch, or the
+               second set of gradients while DDP builds its buckets anew (after its first
+               all-reduce, no activations then); what vLLM keeps while it sleeps
+AdamW's state is in CPU memory, 14 bytes a parameter divided among the ranks of all nodes; --ema
+adds 4. GB are 1e9 bytes. A "GPU of 80 GB" has 85: its name counts GiB.
 """
 import sys
 from pathlib import Path
@@ -52,23 +53,19 @@ def activations(config, tokens):
     layer = 2 * 1.5 * (10 * c.hidden_size + 4 * c.intermediate_size)
     return tokens * (kept + layer) + 6 * 4 * CHUNK * c.vocab_size + 2 * head
 
-def optimizer_bytes(config, ranks, offload):
-    """AdamW's on a GPU: master, moments and sum, and one tensor's gradient twice."""
-    return 0 if offload else 14 * total(config) / ranks + 6 * parameters(config)[1]
-
-def update_bytes(config, algorithm, tokens, ranks=1, offload=True):
-    """Peak of an update, without what vLLM keeps: weights, gradients, teacher, activations."""
+def update_bytes(config, algorithm, tokens):
+    """Peak of an update, without what vLLM keeps: weights, gradients, teacher, and activations or
+    a second set of gradients."""
     copies = 3 if algorithm == "sdpo" else 2
-    return (copies * 2 * total(config) + activations(config, tokens)
-            + optimizer_bytes(config, ranks, offload))
+    return copies * 2 * total(config) + max(activations(config, tokens), 2 * total(config))
 
 def kv_cache(config, size, utilization):
     """Bytes of KV cache that vLLM has with --gpu_memory_utilization."""
     return utilization * size - 2 * total(config) - OVERHEAD
 
-def sampling_bytes(config, size, utilization, ranks=1, offload=True):
+def sampling_bytes(config, size, utilization):
     """All that is taken while vLLM samples."""
-    return (2 * total(config) + utilization * size + optimizer_bytes(config, ranks, offload))
+    return 2 * total(config) + utilization * size
 
 def generation_hours(config, cache, bandwidth, ranks=1):
     """Of a step's answers: each decoding step reads the weights and the cache of all that run.
@@ -89,18 +86,18 @@ def update_hours(config, algorithm, rate, ranks=1):
     work = flops(config, [(100, LENGTH, shown)]) + forward_flops(config, 100 + LENGTH, LENGTH) / 2
     return QUESTIONS * ROLLOUTS * work / rate / ranks / 3600
 
-def cpu_bytes(config, ranks, offload):
-    """Of a node: AdamW's state, and 10 GB a rank for python, CUDA, vLLM, the pinned buffer."""
-    return (14 * total(config) if offload else 0) + ranks * 10 * GB
+def cpu_bytes(config, ranks, ema=False):
+    """Of a node: AdamW's state, --ema's average, and 10 GB a rank for python, CUDA, vLLM."""
+    return (18 if ema else 14) * total(config) + ranks * 10 * GB
 
 def disk_bytes(config):
     """(weights, trainer's state) of a checkpoint: 2 bytes a parameter; master and moments, 12."""
     return 2 * total(config), 12 * total(config)
 
-def utilization_that_fits(config, size, ranks, offload):
+def utilization_that_fits(config, size):
     """The largest --gpu_memory_utilization in steps of 0.05 up to 0.85, 0 for none."""
     for hundredths in range(85, 0, -5):
-        if sampling_bytes(config, size, hundredths / 100, ranks, offload) + RESERVE <= size:
+        if sampling_bytes(config, size, hundredths / 100) + RESERVE <= size:
             return hundredths / 100
     return 0.0
 
@@ -109,40 +106,35 @@ MEASURED = [  # at f0305a4: what, GB measured, GB computed
      lambda: update_bytes(config_of("qwen3-8b"), "sdpo", 24576)),
     ("8B SDPO update, 20,480 tokens an answer (whole GPU)", 68 * GB,
      lambda: update_bytes(config_of("qwen3-8b"), "sdpo", 20560) + ASLEEP),
-    ("1.7B SDPO update, 2,560 tokens, AdamW on the GPU (torch)", 37.1 * 2**30,
-     lambda: update_bytes(config_of("qwen3-1.7b"), "sdpo", 2560, 1, False)),
-    ("1.7B GRPO update, 2,560 tokens, AdamW on the GPU (torch)", 33.9 * 2**30,
-     lambda: update_bytes(config_of("qwen3-1.7b"), "grpo", 2560, 1, False)),
     ("8B SDPO, CPU memory of one rank", 116 * 2**30,
-     lambda: cpu_bytes(config_of("qwen3-8b"), 1, True)),
+     lambda: cpu_bytes(config_of("qwen3-8b"), 1)),
 ]
 
 def row(model, ranks, gpu, algorithm, utilization=0.7):
     """A line of the table."""
     config, (size, rate) = config_of(model.lower()), GPUS[gpu]
-    def fits(offload):
-        peak = update_bytes(config, algorithm, 24576, ranks, offload) + ASLEEP
-        best = utilization_that_fits(config, size, ranks, offload)
-        if peak + RESERVE > size or not kv_cache(config, size, best) > 0:
-            return "no"
-        return "yes" if best >= utilization else f"with {best}"
-    peak = update_bytes(config, algorithm, 24576, ranks) + ASLEEP
+    peak = update_bytes(config, algorithm, 24576) + ASLEEP
+    best = utilization_that_fits(config, size)
+    fits = "yes" if best >= utilization else f"with {best}"
+    if peak + RESERVE > size or kv_cache(config, size, best) <= 0:
+        fits = "no"
     cache = kv_cache(config, size, utilization)
     hours = (generation_hours(config, cache, DECODE_SHARE * rate, ranks)
              + update_hours(config, algorithm, UPDATE_RATE, ranks))
     weights, state = disk_bytes(config)
-    cells = [model, f"{ranks} x {gpu}", f"`{algorithm}.py`", fits(True), fits(False),
+    cells = [model, f"{ranks} x {gpu}", f"`{algorithm}.py`", fits,
              f"{peak / GB:.0f}", f"{cache / GB:.0f}", f"{cache / kv_bytes(config) / LENGTH:.0f}",
-             f"{cpu_bytes(config, ranks, True) / GB:.0f}", f"{hours:.2g}",
+             f"{cpu_bytes(config, ranks) / GB:.0f} ({cpu_bytes(config, ranks, True) / GB:.0f})",
+             f"{hours:.2g}", f"{100 * ranks * hours:,.0f}",
              f"{weights / GB:.0f} + {state / GB:.0f}"]
     return f"| {' | '.join(cells)} |"
 
 def main():
-    print("Computed, for --gpu_memory_utilization 0.7 and --tokens_per_micro_batch 24576; AdamW in "
-          "CPU memory\nunless the column says otherwise.\n")
-    columns = ["model", "GPUs x GB", "script", "fits", "fits with AdamW on the GPU",
-               "peak of the update, GB", "KV cache, GB", "answers of 10,000 tokens in it",
-               "CPU memory a node, GB", "hours a step", "disk a checkpoint, GB: weights + state"]
+    print("Computed, for --gpu_memory_utilization 0.7 and --tokens_per_micro_batch 24576.\n")
+    columns = ["model", "GPUs x GB", "script", "fits", "peak of the update, GB", "KV cache, GB",
+               "answers of 10,000 tokens in it", "CPU memory a node, GB (with --ema)",
+               "hours a step", "GPU hours for 100 steps",
+               "disk a checkpoint, GB: weights + state"]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for model in ("Qwen3-1.7B", "Qwen3-8B"):
         for ranks, gpu in ((1, 80), (8, 80), (1, 141), (8, 141)):

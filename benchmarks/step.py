@@ -46,7 +46,7 @@ def ours(args):
             spent[name] = spent.get(name, 0) + time.perf_counter() - start
             return result
         setattr(script, name, call)
-    for name in ("generate", "backward", "remember_logprobs"):
+    for name in ("generate", "update"):
         timed(name)
     steps, log, ended = [], script.log, time.perf_counter()
     def note(*a):  # a step: from one line of metrics.jsonl to the next
@@ -66,10 +66,10 @@ def ours(args):
     script.main()
     steps = sorted(steps[1:], key=lambda s: s["step"])  # the first holds the start-up
     m = steps[len(steps) // 2]
-    gradients = m["backward"] + m["remember_logprobs"]
     length = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[1])["length"]
     return dict(seconds=m["step"], length=length, parts=dict(
-        generation=m["generate"], gradients=gradients, rest=m["step"] - m["generate"] - gradients))
+        generation=m["generate"], update=m["update"],
+        rest=m["step"] - m["generate"] - m["update"]))
 
 def trl(args):
     """TRL's trainer with the same numbers."""

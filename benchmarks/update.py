@@ -52,7 +52,6 @@ def parse_args():
     add("--demonstration_tokens", type=int, default=200, help="SDPO's teacher sees them as well")
     add("--tokens_per_micro_batch", type=int, default=8192)
     switch = argparse.BooleanOptionalAction
-    add("--offload_optimizer", action=switch, default=True, help="ours: AdamW's in CPU memory")
     add("--recompute_layers", action=switch, default=True, help="ours: else activations stay")
     add("--compile", action=switch, default=True, help="ours: the layers, on a GPU")
     add("--repeat", type=int, default=3, help="updates; the median counts, after one to warm up")
@@ -87,7 +86,7 @@ def make_rollouts(script, args, vocabulary):
     rollouts = []
     for i, length in enumerate(lengths):
         r = script.Rollout(i // 8, ids(args.prompt_tokens), ids(length),
-                           np.full(length, -np.log(vocabulary), np.float32), "", True)
+                           [-np.log(vocabulary)] * int(length), "", True, 0.0)
         if args.algorithm == "sdpo":
             r.teacher_prompt_ids = r.prompt_ids + ids(args.demonstration_tokens)
         else:
@@ -161,32 +160,33 @@ class Parts:
 def ours(script, model, rollouts, args, device, parts):
     """The script's own update, and what it is made of."""
     questions = str(rollouts[-1].row + 1)
-    settings = script.parse_args([
+    settings = script.make_parser().parse_args([
         "--model", "x", "--questions_per_step", questions, "--minibatch_questions", questions,
         "--tokens_per_micro_batch", str(args.tokens_per_micro_batch)])
     teacher = copy.deepcopy(model) if args.algorithm == "sdpo" else None
-    if device.type == "cuda" and args.compile:  # as the scripts' load_model
-        for m in filter(None, (model, teacher)):
-            for layer in m.get_decoder().layers:
-                layer.compile(dynamic=True)
+    if args.compile:
+        script.compile_layers(*filter(None, (model, teacher)))
     model.train()
     if args.recompute_layers:
         model.gradient_checkpointing_enable(dict(use_reentrant=False))
-    state = "cpu" if args.offload_optimizer else device
-    optimizer = script.MasterAdamW(model.named_parameters(), state, lr=1e-6, weight_decay=0.01)
-    ddp = script.DistributedDataParallel(script.Student(model, settings, device),
-                                         gradient_as_bucket_view=True)
-    script.check_engine = lambda *_: None  # the rollouts are nobody's
+    optimizer = script.MasterAdamW(model, lr=1e-6, weight_decay=0.01)
+    script.MISMATCH_LIMIT = float("inf")  # no vLLM sampled these rollouts
     script.response_hidden = parts.timed(
         lambda m, *_: "teacher forward" if m is teacher else "student forward",
         script.response_hidden)
     name = "token_losses" if args.algorithm == "sdpo" else "token_logprobs"
     setattr(script, name, parts.timed("head and loss, forward", getattr(script, name)))
     torch.Tensor.backward = parts.timed("backward", torch.Tensor.backward)
-    optimizer.fold = parts.timed("fold", optimizer.fold)
+    optimizer.add_gradients = parts.timed("gradients to their owners", optimizer.add_gradients)
     optimizer.step = parts.timed("optimizer", optimizer.step)
-    more = [teacher] if teacher else []
-    return lambda: script.update(ddp, *more, optimizer, rollouts, 1e-6)
+
+    def update():
+        for r in rollouts:
+            r.old_logprobs = None
+        ddp = parts.timed("DDP made", script.with_gradients)(script.Student(model, settings))
+        script.update(ddp, *([teacher] if teacher else []), optimizer, rollouts, 1e-6)
+        model.zero_grad(set_to_none=True)
+    return update
 
 def padded(sequences, side, device):
     """(B, T) ids and mask, padded to the longest."""
@@ -308,11 +308,11 @@ def run_arm(args):
     import transformers
     transformers.logging.set_verbosity_error()
     # the naive arm and TRL train float32 weights under autocast, as they would without masters
-    dtype = script.DTYPE[device.type] if args.arm == "ours" else torch.float32
+    dtype = script.DTYPE if args.arm == "ours" else torch.float32
     config = config_of(args.model)
     model = build(config, device, dtype)
     rollouts, parts = make_rollouts(script, args, config.vocab_size), Parts(device)
-    rate, work = matrix_rate(device, script.DTYPE[device.type]), flops(config, lengths_of(rollouts))
+    rate, work = matrix_rate(device, script.DTYPE), flops(config, lengths_of(rollouts))
     update = globals()[args.arm](script, model, rollouts, args, device, parts)
     cast = (torch.autocast("cuda", torch.bfloat16) if args.arm == "naive" and device.type == "cuda"
             else contextlib.nullcontext())

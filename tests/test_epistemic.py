@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import epistemic
-from epistemic import JUDGE_PROMPT, MARKERS, count, count_by_marker, summarize
+from epistemic import MARKERS, count, count_by_marker, summarize
+from judge import JUDGE_PROMPT
 
 ROOT = Path(epistemic.__file__).parent
 REAL = sorted((ROOT.parent / "shared/data/responses").glob("*.jsonl"))
@@ -144,7 +145,7 @@ def test_records_averages_and_their_line():
                               response="Wait, maybe 4.")
     means = epistemic.averages(records)
     assert means == dict(score=0.5, length=510, epistemic=1, truncated=0.5)
-    assert epistemic.line(means) == "score 0.500  len    510  epistemic   1.0"
+    assert epistemic.line(means) == "score 0.500  len 510  epistemic 1.0"
 
 
 def test_numbers_are_averaged_over_the_responses_that_have_them():
@@ -237,7 +238,7 @@ def test_missing_field_says_what_is_there_and_what_to_do(tmp_path):
 def test_missing_file_and_directory(tmp_path, name, message):
     done = run(name, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert f"epistemic.py: {name}: {message}" in done.stderr and done.stderr.count("\n") == 1
+    assert message in done.stderr and f"'{name}'" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_odd_text_does_not_stop_it(tmp_path):

@@ -2,8 +2,9 @@
 
     python toy/study.py study controls opsd remedies     # what to run; `make study` is all four
 
-A run that has ended is not run again, one that was stopped begins anew.  The plan stands first on
-the screen, with its time.  Each run's output goes to RUN.log beside its folder.
+A run that has ended with the same commands is not run again; one that was stopped begins anew.
+The plan stands first on the screen, with its time.  Each run's output goes to RUN.log beside its
+folder.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import epistemic
 STEPS, LR = 20, 1e-4  # of SDPO; GRPO takes half that rate
 BASE = "--max_response_tokens 320 --model toy/model"
 TRAIN = (f"{BASE} --num_questions 512 --questions_per_step 12 --minibatch_questions 12 "
-         f"--warmup_steps 3 --steps {STEPS} --eval_every 1000 --save_every 1000 "
+         f"--warmup_steps 3 --steps {STEPS} --save_every 1000 "
          "--tokens_per_micro_batch 8192 --no-recompute_layers --data toy/data/train.jsonl "
          "--eval_data toy/data/in.jsonl toy/data/ood.jsonl")
 SDPO, GRPO = f"sdpo.py {TRAIN} --lr {LR}", f"grpo.py {TRAIN} --lr {LR / 2}"
@@ -44,7 +45,7 @@ REMEDIES = {  # rate, that of what it is nearer to, SDPO or GRPO; the default st
 # App. E and F.1: a toy that can think or not, made from toy/model before the first of these runs;
 # the loss on the first 32 tokens stands for OPSD's 1,024
 TWO_MODES = "toy/pretrain.py --two_modes 0.5 --steps 200 --lr 1e-3 --out {}/two_modes"
-OPSD = "--context gold --loss_tokens 32 --eval_every 5"
+OPSD = f"opsd.py {TRAIN} --lr {LR} --loss_tokens 32 --save_every 5"
 
 
 def families(k, out):
@@ -65,12 +66,14 @@ def runs(group, out):
                     *(f"sft_distill.py {SFT} --run_dir {out}/sft/{d} "
                       f"--data {out}/conditions/{d}.jsonl" for d in ("d_ug", "d_sg")),
                     f"evaluate.py {BASE} {out}/sft/d_ug/checkpoints/step_75 "
-                    f"{out}/sft/d_sg/checkpoints/step_75 {TESTS} --out {out}/sft/eval"],
+                    f"{out}/sft/d_sg/checkpoints/step_75 {TESTS} --out {out}/sft/eval",
+                    # Table 6
+                    f"token_kl.py --model toy/model {out}/conditions/rounds "
+                    f"--out {out}/token_kl/token_kl.json"],
             "sdpo_without_think": [f"{SDPO} --demonstration without_think"],
             "sdpo_uncertain": [f"{SDPO} --demonstration uncertain"],
             "sdpo_ema": [f"{SDPO} --ema 0.05"], "sdpo_top_k_20": [f"{SDPO} --top_k 20"],
             "sdpo_lr_tenth": [f"{SDPO} --lr {LR / 10}"],
-            "sdpo_untrained": [f"{SDPO} --lr 0 --steps 1"],  # Table 6
         }
         for method, command in (("grpo", GRPO), ("sdpo", SDPO)):
             for d in (1, 8, 64, 128):
@@ -89,8 +92,8 @@ def runs(group, out):
         return chosen
     if group == "opsd":
         flags = {"off_grpo": (GRPO, "--no-enable_thinking"),
-                 "off_sdpo": (SDPO, "--no-enable_thinking"), "opsd": (SDPO, OPSD),
-                 "opsd_hybrid": (SDPO, f"{OPSD} --no-enable_thinking --teacher_thinking")}
+                 "off_sdpo": (SDPO, "--no-enable_thinking"), "opsd": (OPSD, ""),
+                 "opsd_hybrid": (OPSD, "--no-enable_thinking --teacher_thinking")}
         return {name: [f"{command} --model {Path(out).parent}/two_modes {more}"]
                 for name, (command, more) in flags.items()}
     return {**corners, **{
@@ -100,10 +103,8 @@ def runs(group, out):
 
 
 def run(name, commands, out, seed):
-    """The commands one after the other; a file `ended` in the folder says that all have been."""
+    """The commands one after the other; a file `ended` in the folder holds those that have ended."""
     folder, start = out / name, time.time()
-    if (folder / "ended").exists():
-        return
     shutil.rmtree(folder, ignore_errors=True)
     environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore",
                        TORCH_CPP_LOG_LEVEL="ERROR")
@@ -119,7 +120,7 @@ def run(name, commands, out, seed):
                 return f"{name}: failed; see {log.name}"
     for checkpoints in list(folder.rglob("checkpoints")):
         shutil.rmtree(checkpoints)  # 20 MB each
-    (folder / "ended").touch()
+    (folder / "ended").write_text("\n".join(commands))
     print(f"seed {seed}  {name:24s} {time.time() - start:5.0f} s", flush=True)
 
 
@@ -203,7 +204,7 @@ def commits(folders):
 def token_kl(folders, frequent=25):
     """Table 6, all seeds together: {variant: [mean KL, count, ratio to the mean of the frequent]}."""
     seen = collections.defaultdict(lambda: [0.0, 0])
-    for file in (folder / "sdpo_untrained/token_kl.json" for folder in folders):
+    for file in (folder / "token_kl/token_kl.json" for folder in folders):
         for token in json.loads(file.read_text()).values() if file.exists() else ():
             seen[token["text"]][0] += token["kl"]
             seen[token["text"]][1] += token["count"]
@@ -216,7 +217,7 @@ def token_kl(folders, frequent=25):
     return rows | {f"mean of {len(means)} tokens": [round(mean, 4), "", 1.0]}
 
 
-TABLES = {  # of the README, from results/toy/numbers.json
+TABLES = {  # of toy/README.md, from results/toy/numbers.json
     "controls": {
         "base": "base", "base, no marker is sampled": "control_banned", "SDPO": "sdpo",
         "SDPO, markers left out of both distributions": "control_no_markers",
@@ -251,7 +252,7 @@ TABLES = {  # of the README, from results/toy/numbers.json
 
 
 def tables(found):
-    """{name: Markdown}: what the README shows, of the numbers that there are."""
+    """{name: Markdown}: what toy/README.md shows, of the numbers that there are."""
     texts = {name: table(found["arms"], arms, ("train",) if name == "contexts" else ("in", "ood"))
              for name, arms in TABLES.items()}
     kl = ["| token | mean KL | count | ratio |\n|---|---|---|---|", *(
@@ -271,7 +272,9 @@ def main():
     todo = {(seed, name): (name, commands, Path(args.out) / f"seed_{seed}", seed)
             for group in args.groups for name in runs(group, args.out) for seed in args.seeds
             for commands in [runs(group, f"{args.out}/seed_{seed}")[name]]}.values()
-    left = [t for t in todo if not (t[2] / t[0] / "ended").exists()]
+    left = [(name, commands, out, seed) for name, commands, out, seed in todo
+            if not (out / name / "ended").exists()
+            or (out / name / "ended").read_text() != "\n".join(commands)]
     print(f"{len(todo)} runs, {len(left)} of them left: about "
           f"{len(left) * MINUTES / args.jobs / 60:.1f} hours with {args.jobs} at a time", flush=True)
     for *_, out, _ in todo:
@@ -284,13 +287,14 @@ def main():
     subprocess.run([sys.executable, "toy/controls.py", "errors", *folders], cwd=ROOT)
     subprocess.run([sys.executable, "report.py", *folders], cwd=ROOT)
     folders = [Path(folder) for folder in folders]
-    found = dict(commits=commits(folders), arms=numbers(folders), errors=errors(folders), token_kl=token_kl(folders))
+    found = dict(commits=commits(folders), arms=numbers(folders), errors=errors(folders),
+                 token_kl=token_kl(folders))
     (Path(args.out) / "numbers.json").write_text(json.dumps(found, indent=1) + "\n")
     print("\n\n".join(f"{name}\n{text}" for name, text in tables(found).items()))
     sys.exit("\n".join(failed) if failed else 0)
 
 
-MINUTES = 2.4  # a run, two at a time on the two cores of benchmarks/NOTES.md (mean of 120)
+MINUTES = 2.4  # a run, two at a time on the two cores of benchmarks/README.md (mean of 120)
 
 if __name__ == "__main__":
     main()
