@@ -212,6 +212,8 @@ def sample_groups(llm, verifier, questions, step, args):
     for row, (question, outputs) in enumerate(zip(mine, groups), first_row):
         group = [Rollout(row, question["prompt_ids"], list(o.token_ids), o.logprobs.logprobs,
                          o.text, o.finish_reason == "stop", o.reward) for o in outputs]
+        for r in group:
+            r.reward *= r.finished  # a cut answer earns nothing, whatever box it holds so far
         for r, advantage in zip(group, group_advantages([r.reward for r in group])):
             r.advantage = advantage
         rollouts += group

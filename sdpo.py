@@ -249,11 +249,8 @@ class Rollout:
         return prompt + len(self.response_ids)
 
 def choose_demonstration(group, i, rng):
-    """A correct sibling of rollout i, at random; None if there is none.
-
-    Never i itself, and none that was cut: "without_think" would show its unfinished think part.
-    """
-    siblings = [r for j, r in enumerate(group) if r.reward >= 0.5 and r.finished and j != i]
+    """A correct sibling of rollout i, never i itself, at random; None if there is none."""
+    siblings = [r for j, r in enumerate(group) if r.reward >= 0.5 and j != i]
     return rng.choice(siblings) if siblings else None
 
 def set_teacher_prompts(question, group, tokenizer, rng, args):
@@ -275,6 +272,8 @@ def sample_groups(llm, verifier, tokenizer, questions, step, args):
     for row, (question, outputs) in enumerate(zip(mine, groups), first_row):
         group = [Rollout(row, question["prompt_ids"], list(o.token_ids), o.logprobs.logprobs,
                          o.text, o.finish_reason == "stop", o.reward) for o in outputs]
+        for r in group:
+            r.reward *= r.finished  # a cut answer earns nothing, whatever box it holds so far
         rng = random.Random(f"{args.seed}/{step}/{row}")  # the same draws with any number of ranks
         set_teacher_prompts(question, group, tokenizer, rng, args)
         rollouts += group
