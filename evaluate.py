@@ -8,12 +8,12 @@ share of cut answers, epistemic markers.
     torchrun --nproc_per_node 8 evaluate.py --model runs/sdpo/checkpoints/step_*     # Figures 4, 19
     python evaluate.py --model toy/model --data toy/data/ood.jsonl --samples 4
 
-Several models of one shape, as the checkpoints of a run are, share one engine: the weights are
-exchanged in place. Writes <out>/<model>/<benchmark>.jsonl, a line an answer, and
-<out>/summary.json, and prints one table, a line a model (Table 2, of SFT's checkpoints). A start
-with the same --out goes on with what is missing.
+Several models of one shape, as the checkpoints of a run are, share one engine. Writes
+<out>/<model>/<benchmark>.jsonl, a line an answer, and <out>/summary.json, and prints one table, a
+line a model (Table 2, of SFT's checkpoints). The same command again evaluates only what is missing,
+and what belongs to other weights, data or flags than now.
 
-What a reader of the paper would not expect (the authors' code: commit 5c51051 of
+What the paper does not show (the authors' code: 5c51051 of
 github.com/beanie00/self-distillation-analysis):
   - Table 11 lists top-k 20, but their script parses it without passing it on: their numbers were
     sampled with --top_k 0
@@ -21,6 +21,7 @@ github.com/beanie00/self-distillation-analysis):
   - they grade with a looser grader than they train with (it takes 5.4 for 540); here both are one
 """
 import argparse
+import hashlib
 import json
 import logging
 import math
@@ -34,6 +35,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 import epistemic
 from verifier import Verifier, load_questions
@@ -47,51 +49,34 @@ SAMPLING = {  # Table 11: temperature, top-p, top-k by model family
     "OLMo": (0.6, 0.95, 20),
 }
 
-def parse_args(argv=None):
+def number(kind, low, high=math.inf):
+    """A type for argparse: an int or a float from low to high."""
+    def number(text):
+        if not low <= kind(text) <= high:  # refuses nan, too
+            raise argparse.ArgumentTypeError(f"{text} does not lie between {low} and {high}")
+        return kind(text)
+    return number
+
+def make_parser():
     parser = argparse.ArgumentParser(
-        description="Evaluation (Table 11). Defaults are the paper's.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error, add = fail, parser.add_argument
-    add("--model", nargs="+", required=True, help="hub id or folder; several of one shape")
+        description="Evaluation (Table 11). The defaults are the paper's.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter, usage=argparse.SUPPRESS)
+    add, count, share = parser.add_argument, number(int, 1), number(float, 0, 1)
+    add("--model", nargs="+", required=True, help="hub ids or folders, several of one shape")
     add("--data", nargs="+", default=["aime24", "aime25", "amc23", "math500"],
-        help="any of these short names, hub ids, .parquet/.json/.jsonl files")
+        help="these short names, hub ids, .parquet, .json or .jsonl files")
     add("--enable_thinking", action=argparse.BooleanOptionalAction, default=True,
         help="for Qwen3's chat template")
-    add("--samples", type=int, default=16, help="answers to a question: acc@n, pass@1..n")
-    add("--temperature", type=float, help="Table 11, by family, if not given")
-    add("--top_p", type=float, help="the same")
-    add("--top_k", type=int, help="the same; 0: all tokens")
-    add("--max_prompt_tokens", type=int, default=2048, help="longer prompts are left out")
-    add("--max_response_tokens", type=int, default=38912, help="longer answers are cut")
-    add("--gpu_memory_utilization", type=float, default=0.9, help="vLLM's share of the GPU")
-    add("--out", default="runs/eval", help="a new folder, or one to go on with")
-    add("--seed", type=int, default=0, help="of sampling")
-    return parser.parse_args(argv)
-
-def check_args(args, out):
-    for name in ("samples", "max_prompt_tokens", "max_response_tokens"):
-        if getattr(args, name) < 1:
-            fail(f"--{name} {getattr(args, name)} must be at least 1")
-    if not 0 < args.top_p <= 1 or args.top_k < 0:
-        fail(f"--top_p {args.top_p} must lie in (0, 1], and --top_k {args.top_k} not be negative")
-    for flag, names in (("--data", [Path(source).stem for source in args.data]),
-                        ("--model", list(map(model_name, args.model)))):
-        if len(set(names)) < len(names):
-            fail(f"{flag}: two have one name ({' '.join(names)}), so would their results")
-    path = out / "config.json"
-    if path.exists():
-        before = json.loads(path.read_text())
-        for name, value in vars(args).items():
-            if name not in ("out", "model") and before.get(name) != value:
-                fail(f"--{name} {value}: {out} was begun with {before.get(name)}; name another "
-                     "folder, or go on as it was begun")
-    elif out.exists() and (out.is_file() or any(out.iterdir())):
-        fail(f"--out {out} holds something else: name another folder or remove it")
-
-def model_name(model):
-    """What its results are called: Qwen3-8B, or of a run's checkpoint sdpo/step_100."""
-    parts = Path(model).parts
-    return f"{parts[-3]}/{parts[-1]}" if parts[-2:-1] == ("checkpoints",) else parts[-1]
+    add("--samples", type=count, default=16, help="answers to each question: acc@n, pass@1..n")
+    add("--temperature", type=number(float, 0), help="default: Table 11, by family")
+    add("--top_p", type=share, help="default: Table 11, by family")
+    add("--top_k", type=number(int, 0), help="default: Table 11, by family; 0: all tokens")
+    add("--max_prompt_tokens", type=count, default=2048, help="longer prompts are dropped")
+    add("--max_response_tokens", type=count, default=38912, help="longer answers are cut")
+    add("--gpu_memory_utilization", type=share, default=0.9, help="vLLM's share of the GPU")
+    add("--out", default="runs/eval", help="folder of the results; finished ones are kept")
+    add("--seed", type=number(int, 0), default=0, help="of sampling")
+    return parser
 
 def family(model_type, chat_template, enable_thinking):
     """Row of Table 11 for a model; Qwen3's if none fits, since its sampling is the common one."""
@@ -100,6 +85,32 @@ def family(model_type, chat_template, enable_thinking):
     if model_type.startswith("olmo"):
         return "OLMo"
     return "Qwen3 thinking" if enable_thinking else "Qwen3 non-thinking"
+
+def choose_sampling(args, config, tokenizer):
+    """dict(temperature, top_p, top_k): the flags, else Table 11's for the model's family."""
+    table_11 = SAMPLING[family(config.model_type, tokenizer.chat_template, args.enable_thinking)]
+    flags = (args.temperature, args.top_p, args.top_k)
+    chosen = [given if flag is None else flag for flag, given in zip(flags, table_11)]
+    if chosen[0] == 0 and args.samples > 1:
+        raise ValueError("--temperature 0 gives the same answer each time: use --samples 1")
+    if chosen[1] == 0:
+        raise ValueError("--top_p 0 leaves no token to sample")
+    return dict(zip(("temperature", "top_p", "top_k"), chosen))
+
+def result_names(models):
+    """{name of its results: model}: Qwen3-8B, or sdpo/step_100 for the checkpoint of a run.
+
+    Where two would have one name, the whole path. In the order of steps: 20 before 100.
+    """
+    def step(model):
+        return int((re.findall(r"step_(\d+)/?$", model) or [-1])[0])
+    def short(model):
+        parts = [part for part in Path(model).parts if part not in ("checkpoints", "..", "/")]
+        return "/".join(parts[-2:] if "checkpoints" in Path(model).parts[-2:-1] else parts[-1:])
+    models = sorted(models, key=step)
+    if len({short(model) for model in models}) == len(models):
+        return {short(model): model for model in models}
+    return {model.strip("/").replace("../", ""): model for model in models}
 
 # --- measures ------------------------------------------------------------------------------------
 
@@ -142,109 +153,246 @@ def table(models):
                          f"{s['length']:9,.0f}{s['truncated']:7.1%}{s['epistemic']:11.1f}")
     return "\n".join(lines)
 
-# --- prompts -------------------------------------------------------------------------------------
+# --- run -----------------------------------------------------------------------------------------
+
+def shape(config):
+    """Models whose shapes are equal can share an engine."""
+    return config.model_type, config.hidden_size, config.num_hidden_layers, config.vocab_size
+
+def read_result(path, key):
+    """The finished records of a benchmark, if they belong to these weights, data and flags."""
+    belongs_to = path.with_suffix(".key")
+    if not path.exists():
+        return None
+    if not belongs_to.exists() or belongs_to.read_text() != key:
+        return say(f"{path} belongs to other weights, data or flags: evaluated again")
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except ValueError as error:
+        sys.exit(f"error: {path} is damaged ({error}): remove it, and it is evaluated again")
+
+def evaluate(llm, verifier, questions, name, sampling, args):
+    """The records of every question's answers; each rank samples its share."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    mine = list(enumerate(questions))[rank::ranks]
+    # what stands in the think part is no answer yet (authors' eval.py)
+    groups = generate(llm, verifier, [q for _, q in mine], args.seed + rank, after_think=True,
+                      n=args.samples, max_tokens=args.max_response_tokens, **sampling)
+    records = exchange([
+        epistemic.record(o.text, o.reward, len(o.token_ids), o.finish_reason == "stop",
+                         benchmark=name, index=i, question=q["messages"][-1]["content"],
+                         answer=q["answer"]) for (i, q), group in zip(mine, groups) for o in group])
+    return sorted(records, key=lambda r: r["index"])
+
+def main():
+    parser = make_parser()
+    args = parser.parse_args()
+    try:  # bad input ends with one line and exit code 2, before a model is loaded
+        from transformers import AutoConfig
+        models = {}  # {name of its results: folder}
+        for name, model in result_names(args.model).items():
+            models[name], tokenizer = load_tokenizer(model, 0)
+            config = AutoConfig.from_pretrained(models[name])
+            if shape(config) != shape(AutoConfig.from_pretrained(next(iter(models.values())))):
+                raise ValueError(f"--model {model}: another shape than the others; evaluate it "
+                                 "with a command of its own")
+        benchmarks = {Path(s).stem: read_questions(s, tokenizer, args) for s in args.data}
+        if len(benchmarks) < len(args.data):
+            raise ValueError(f"--data: two benchmarks have one name ({' '.join(args.data)})")
+        sampling = choose_sampling(args, config, tokenizer)
+        flags = {k: v for k, v in vars(args).items() if k not in ("model", "data", "out")}
+        keys = {(model, Path(source).stem): fingerprint(path, source, str(flags | sampling))
+                for model, path in models.items() for source in args.data}
+    except Exception as error:  # what transformers, datasets and Jinja raise has no common class
+        parser.error(" ".join(str(error).split()))
+    device, out, llm, loaded = start_process_group(), Path(args.out), None, None
+    longest = min(args.max_prompt_tokens + args.max_response_tokens, config.max_position_embeddings)
+    say(f"{args.samples} answers to each question, {dist.get_world_size()} x {device.type}, "
+        + ", ".join(f"{name} {value}" for name, value in sampling.items()))
+    rows = {model: {} for model in models}
+    with Verifier() as verifier:
+        for model, name in keys:
+            path = out / model / f"{name}.jsonl"
+            records = exchange([read_result(path, keys[model, name])])[0]
+            if records is None:
+                if llm is None:
+                    llm = make_engine(models[model], longest, args, device)
+                if loaded != model:
+                    sleep(llm)
+                    sync_weights(llm, load_model(models[model], torch.device("cpu")))
+                    loaded = model
+                records = evaluate(llm, verifier, benchmarks[name], name, sampling, args)
+                if dist.get_rank() == 0:
+                    write_lines(path, records)
+                    path.with_suffix(".key").write_text(keys[model, name])
+            rows[model][name] = summarise(records, args.samples)
+            say(f"{model}  {name}  {rows[model][name]['score']:.3f}")
+    say("\n" + table(rows))
+    if dist.get_rank() == 0:
+        write_lines(out / "summary.json", [dict(vars(args), **sampling, models=rows)])
+    say(f"\nresults are in {out}")
+    if llm is not None:
+        llm.llm_engine.engine_core.shutdown()  # left open, it prints tracebacks at exit
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+# --- prompts and models --------------------------------------------------------------------------
 
 def render(tokenizer, messages, enable_thinking):
-    """Token ids of a chat up to where the model speaks (Table 12); the template writes any BOS."""
+    """Token ids of a chat up to where the answer begins (Table 12); the template writes any BOS."""
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
                                          enable_thinking=enable_thinking)
     return tokenizer.encode(text, add_special_tokens=False)
 
-def with_prompts(source, tokenizer, args):
-    """load_questions, each with its prompt_ids; those over --max_prompt_tokens left out."""
-    try:
-        questions = load_questions(source)
-    except ValueError as error:
-        fail(error)
+def read_questions(source, tokenizer, args):
+    """load_questions, each with its prompt_ids; drops prompts over --max_prompt_tokens."""
+    questions = load_questions(source)
     for q in questions:
         q["prompt_ids"] = render(tokenizer, q["messages"], args.enable_thinking)
     kept = [q for q in questions if len(q["prompt_ids"]) <= args.max_prompt_tokens]
+    say(f"{source}: {len(kept):,} of {len(questions):,} prompts fit --max_prompt_tokens")
     if not kept:
-        fail(f"{source}: all {len(questions)} prompts are longer than --max_prompt_tokens "
-             f"{args.max_prompt_tokens}")
-    if len(kept) < len(questions):
-        say(f"{source}: {len(questions) - len(kept):,} of {len(questions):,} prompts left out")
+        raise ValueError(f"{source}: no prompt fits --max_prompt_tokens {args.max_prompt_tokens}")
     return kept
 
-def load_tokenizer(model, longest):
-    """(tokenizer, config) of a model: what can be wrong with it shows before any weights load."""
+def load_tokenizer(name, positions):
+    """(folder, tokenizer) of a model. A hub id is resolved here, once: its branch may move."""
+    from huggingface_hub import snapshot_download
     from transformers import AutoConfig, AutoTokenizer
-    try:
-        config = AutoConfig.from_pretrained(model)
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except Exception as error:  # missing, or a config.json that contradicts itself: no common class
-        fail(f"--model {model}: no model folder, and no model on the hub "
-             f"({str(error).strip().splitlines()[0]})")
+    path = name if Path(name).is_dir() else snapshot_download(name)
+    config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     if tokenizer.chat_template is None:
-        fail(f"--model {model}: its tokenizer has no chat template")
+        raise ValueError(f"--model {name}: its tokenizer has no chat template")
     if len(tokenizer) > config.vocab_size:
-        fail(f"--model {model}: the tokenizer has {len(tokenizer):,} tokens and the model "
-             f"{config.vocab_size:,}: they do not belong together")
-    if longest > config.max_position_embeddings:
-        fail(f"--max_prompt_tokens and --max_response_tokens: together {longest:,}, more than the "
-             f"{config.max_position_embeddings:,} positions of {model}")
-    return tokenizer, config
+        raise ValueError(f"--model {name}: its tokenizer has {len(tokenizer):,} tokens, the model "
+                         f"only {config.vocab_size:,}")
+    if positions > config.max_position_embeddings:
+        raise ValueError(f"--max_prompt_tokens and --max_response_tokens: {positions:,} together, "
+                         f"but {name} has {config.max_position_embeddings:,} positions")
+    return path, tokenizer
 
-# --- run -----------------------------------------------------------------------------------------
-
-def empty_engine(args, device, max_model_len):
-    """vLLM in this very process, one engine a rank, without weights: load_weights brings them.
-
-    On CPU it packs them, and a second model's would miss a head that is tied to the embeddings:
-    there it gets a head of its own.
-    """
-    cpu = device.type == "cpu"
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    logging.getLogger("vllm").setLevel(logging.ERROR)  # of what it says before it reads that
-    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else vLLM leaves one
-    from vllm import LLM
-    return LLM(args.model[0], dtype="float32" if cpu else "bfloat16", seed=args.seed,
-               enforce_eager=cpu, max_model_len=max_model_len, max_num_seqs=256,
-               gpu_memory_utilization=args.gpu_memory_utilization,
-               kv_cache_memory_bytes=2 * 2**30 if cpu else None,
-               distributed_executor_backend="external_launcher", load_format="dummy",
-               use_tqdm_on_load=False,
-               hf_overrides=dict(tie_word_embeddings=False) if cpu else None)
-
-def load_weights(llm, name):
-    """Gives vLLM the weights of a model, in place."""
+def load_model(path, device):
     from transformers import AutoModelForCausalLM, logging as transformers_logging
     transformers_logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
-    weights = ((key, p.detach()) for key, p in model.named_parameters(remove_duplicate=False))
-    llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=weights))
+    model, found = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPE, output_loading_info=True)
+    if found["missing_keys"]:  # transformers only warns, and draws them at random
+        sys.exit(f"error: weights are missing in {path}: {sorted(found['missing_keys'])[:3]} ...")
+    return model.to(device)
 
-def answer(llm, verifier, questions, name, params, seed):
-    """This rank's records: every question's answers, graded."""
+# --- vLLM ----------------------------------------------------------------------------------------
+
+DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32  # weights, vLLM
+
+def make_engine(path, max_model_len, args, device):
+    """vLLM in this process, one engine a rank, asleep, without weights: sync_weights brings them.
+
+    On CPU it packs its weights, and a second sync would miss an LM head that is tied to the
+    embeddings (log-probabilities wrong by 0.2, no error): there the head is a tensor of its own.
+    """
+    cpu = device.type == "cpu"
+    say("vLLM starts" + ("" if cpu else ": it measures memory and captures CUDA graphs, minutes"))
+    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR")
+    logging.getLogger("vllm").setLevel(logging.ERROR)  # what it logs before it reads that
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else vLLM takes one
+    from vllm import LLM
+    llm = LLM(path, dtype=DTYPE, seed=args.seed, enforce_eager=cpu, max_model_len=max_model_len,
+              max_num_seqs=256,  # its default of 1,024 takes GPU memory and is never reached
+              gpu_memory_utilization=args.gpu_memory_utilization,
+              kv_cache_memory_bytes=2 * 2**30 if cpu else None,
+              distributed_executor_backend="external_launcher",
+              logprobs_mode="processed_logprobs",  # after temperature: what is sampled from
+              load_format="dummy", use_tqdm_on_load=False, enable_sleep_mode=not cpu,
+              hf_overrides=dict(tie_word_embeddings=False) if cpu else None)
+    sleep(llm)
+    return llm
+
+def sleep(llm):
+    """Frees vLLM's KV cache and weights on the GPU, for the trainer."""
+    if torch.cuda.is_available():
+        llm.sleep(level=2)
+
+def sync_weights(llm, model):
+    """Wakes vLLM with the model's weights, written in place. The gradients' memory becomes its."""
+    model.zero_grad(set_to_none=True)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what torch's allocator still holds
+        llm.wake_up(tags=["weights"])
+    weights = ((name, p.detach()) for name, p in model.named_parameters(remove_duplicate=False))
+    llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=weights))
+    if torch.cuda.is_available():
+        llm.wake_up(tags=["kv_cache"])
+
+def generate(llm, verifier, questions, seed, after_think=False, **sampling):
+    """vLLM's n answers to each question, with text and reward: groups in the questions' order."""
     from transformers import set_seed
-    mine = list(enumerate(questions))[dist.get_rank() :: dist.get_world_size()]
-    # one global seed: a seed a request crashes vLLM on CPU, and this repeats bit for bit
-    set_seed(seed + dist.get_rank())
+    from vllm import SamplingParams
+    # A seed per request crashes on CPU. The global ones repeat bit for bit: vLLM's older model
+    # runner draws from torch's, the newer one from NumPy's. Cached prefixes change the last bit.
+    set_seed(seed)
     llm.reset_prefix_cache()
-    prompts = [dict(prompt_token_ids=q["prompt_ids"]) for _, q in mine]
-    outputs = llm.generate(prompts, params, use_tqdm=dist.get_rank() == 0 and sys.stderr.isatty())
-    flat = [(i, q, o) for (i, q), group in zip(mine, outputs) for o in group.outputs]
-    # what stands in the think part is no answer yet (authors' eval.py)
-    rewards = verifier.verify([o.text for _, _, o in flat], [q["answer"] for _, q, _ in flat],
-                              after_think=True)
-    return [epistemic.record(o.text, reward, len(o.token_ids), o.finish_reason == "stop",
-                             benchmark=name, index=i, question=q["messages"][-1]["content"],
-                             answer=q["answer"]) for (i, q, o), reward in zip(flat, rewards)]
+    outputs = llm.generate([dict(prompt_token_ids=q["prompt_ids"]) for q in questions],
+                           SamplingParams(detokenize=False, **sampling),
+                           use_tqdm=dist.get_rank() == 0 and progress)
+    answers, decode = [o for output in outputs for o in output.outputs], llm.get_tokenizer().decode
+    texts = [decode(o.token_ids, skip_special_tokens=True) for o in answers]
+    golds = [q["answer"] for q, output in zip(questions, outputs) for _ in output.outputs]
+    rewards = verifier.verify(texts, golds, after_think=after_think)  # 1 correct, 0 not
+    for o, text, reward in zip(answers, texts, rewards):
+        o.text, o.reward = text, reward
+    return [output.outputs for output in outputs]
+
+class progress(tqdm):
+    """A bar that leaves no line on a terminal; elsewhere it writes once a minute at most."""
+
+    def __init__(self, *args, **kwargs):
+        wait = 0.1 if sys.stderr.isatty() else 60
+        super().__init__(*args, **kwargs, leave=False, mininterval=wait, maxinterval=wait,
+                         delay=wait, disable=dist.get_rank() != 0)
+
+    def refresh(self, *args, **kwargs):  # vLLM calls it at the end, whatever the delay
+        if time.time() > self.start_t + self.delay:
+            super().refresh(*args, **kwargs)
+
+# --- files and processes -------------------------------------------------------------------------
+
+def fingerprint(*sources):
+    """A hash of model folders and data files: name, size, first and last megabyte of each file.
+
+    A source that is no file, such as "aime24", counts by its name."""
+    digest = hashlib.sha256(repr(sources).encode())
+    for source in map(Path, sources):
+        for path in sorted(source.glob("*.safetensors")) if source.is_dir() else [source]:
+            if path.is_file():
+                with open(path, "rb") as file:
+                    size = file.seek(0, os.SEEK_END)
+                    digest.update(f"{path.name} {size}".encode())
+                    for start in (0, max(0, size - 2**20)):
+                        file.seek(start)
+                        digest.update(file.read(2**20))
+    return digest.hexdigest()
+
+def write_lines(path, rows):
+    """JSON Lines, written aside and renamed: a reader never finds half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".part")
+    aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    aside.rename(path)
+
+def say(message):
+    """A line on the screen, from the first rank only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, flush=True)
 
 def start_process_group():
-    """torchrun's group, or under plain python one of a single process; returns its device."""
+    """torchrun's group, or under plain python a group of one; returns this rank's device."""
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
     for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1).items():
-        os.environ.setdefault(name, str(value))
+        os.environ.setdefault(name, str(value))  # vLLM reads them
     backend, device = "gloo", torch.device("cpu")
     if torch.cuda.is_available():
         backend, device = "cpu:gloo,cuda:nccl", torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-        # AdamW in CPU memory wants its share of the cores, of which torchrun leaves it one
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
-    # a rank may wait for another's rollouts of 20,000 tokens longer than the usual half hour
+    # a rank may wait longer than the usual half hour for another's rollouts of 20,000 tokens
     dist.init_process_group(backend, timeout=timedelta(hours=6), **alone)
     return device
 
@@ -254,83 +402,5 @@ def exchange(items):
     dist.all_gather_object(lists, items)
     return [item for part in lists for item in part]
 
-def say(message):
-    """A line on the screen, from the first rank alone."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(message, flush=True)
-
-def fail(message):
-    """Bad input: one line and exit code 2. From the first rank at once, and torchrun ends the
-    others; where only another rank fails, it is heard two seconds later."""
-    if int(os.environ.get("RANK", 0)):
-        time.sleep(2)
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-def write_lines(path, rows):
-    """JSON Lines, written aside and renamed, so that a reader never finds half a file."""
-    path.parent.mkdir(exist_ok=True)  # of a run whose folder is gone, nothing is begun anew
-    aside = path.with_name(path.name + ".part")
-    aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    aside.rename(path)
-
-def main():
-    args, shapes = parse_args(), []
-    steps = {m: re.findall(r"step_(\d+)/?$", m) for m in args.model}
-    args.model.sort(key=lambda m: int(steps[m][0]) if steps[m] else -1)  # 20 before 100
-    for model in args.model:
-        tokenizer, config = load_tokenizer(model, 0)
-        shapes.append((config.model_type, config.hidden_size, config.num_hidden_layers,
-                       config.vocab_size))
-        if shapes[-1] != shapes[0]:
-            fail(f"--model {model}: another shape than {args.model[0]}; evaluate it by itself")
-    kind = family(config.model_type, tokenizer.chat_template, args.enable_thinking)
-    for name, value in zip(("temperature", "top_p", "top_k"), SAMPLING[kind]):
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    out = Path(args.out)
-    check_args(args, out)
-    benchmarks = {Path(s).stem: with_prompts(s, tokenizer, args) for s in args.data}
-    device = start_process_group()
-    if dist.get_rank() == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        write_lines(out / "config.json", [vars(args)])
-    longest = args.max_prompt_tokens + args.max_response_tokens
-    llm = empty_engine(args, device, min(longest, config.max_position_embeddings))
-    from vllm import SamplingParams
-    params = SamplingParams(n=args.samples, temperature=args.temperature, top_p=args.top_p,
-                            top_k=args.top_k, max_tokens=args.max_response_tokens)
-    say(f"{kind} sampling, temperature {args.temperature}, top-p {args.top_p}, top-k {args.top_k}; "
-        f"{args.samples} answers to a question; {dist.get_world_size()} x {device.type}")
-    models = {}
-    with Verifier() as verifier:
-        for model in args.model:
-            loaded, rows = False, models.setdefault(model_name(model), {})
-            for name, questions in benchmarks.items():
-                path = out / model_name(model) / f"{name}.jsonl"
-                lines = exchange([path.read_text() if path.exists() else None])[0]
-                if lines:  # by an earlier start
-                    rows[name] = summarise(list(map(json.loads, lines.splitlines())), args.samples)
-                    continue
-                if not loaded:
-                    load_weights(llm, model)
-                    loaded = True
-                records = exchange(answer(llm, verifier, questions, name, params, args.seed))
-                records.sort(key=lambda r: r["index"])
-                rows[name] = summarise(records, args.samples)
-                if dist.get_rank() == 0:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    write_lines(path, records)
-            say(f"{model}: " + "  ".join(f"{n} {row['score']:.3f}" for n, row in rows.items()))
-    say("\n" + table(models))
-    if dist.get_rank() == 0:
-        write_lines(out / "summary.json", [dict(vars(args), models=models)])
-    llm.llm_engine.engine_core.shutdown()  # left open, it prints tracebacks at exit
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
 if __name__ == "__main__":
-    try:
-        main()
-    except OSError as error:  # a full disk, a folder that is gone
-        sys.exit(f"error: {error}; what was finished is whole: the same command goes on")
+    main()

@@ -1,578 +1,500 @@
-"""Every figure and table, from the files that the scripts write. Imports none of them.
+"""Every figure and table of the paper, from the files that the scripts leave. Imports none of them.
 
-    python report.py runs/demo                # what `make demo` left: conditions, sft, grpo, sdpo
-    python report.py runs/study/seed_*        # `make study`; runs of one name are seeds of one arm
-    python report.py runs                     # all there is below, also while a run goes on
+    python report.py runs/demo                # a run, or all that lies below, also while it goes on
+    python report.py runs/study/seed_*        # runs of one name are the seeds of one arm
 
-Prints the main tables. Writes into --out (else the given folder, or the one above several)
-report.html, which holds everything and needs no network, report.png, an overview, and figures/.
-SECTIONS, at the end, lists every figure and table with the files that it is drawn from.
+Prints the main tables. Writes report.html, which needs no network, report.png, an overview, and
+figures/, each figure as PNG and each table as CSV. SECTIONS, near the end, lists them all.
 """
-import argparse
-import base64
-import functools
-import html
-import io
-import json
-import os
-import re
-import sys
+import argparse, base64, functools, html, io, json, os, re, zlib
 from collections import Counter, defaultdict
 from pathlib import Path, PurePath
-from statistics import fmean, stdev
-from types import SimpleNamespace
 
-import matplotlib
-matplotlib.use("Agg")
+import pandas
 from matplotlib import pyplot
-
 import epistemic
 
 # --- reading -------------------------------------------------------------------------------------
 
-FORMS = dict(score=".3f", length=",.0f", epistemic=".1f")
-unread = {}  # {file: why a line of it was left out}
+NUMBER = (int, float)
+MEANS = dict(score=NUMBER, length=NUMBER, epistemic=NUMBER)
+ANSWER = dict(index=int, correct=NUMBER, tokens=NUMBER, response=str)
+MARKERS = list(epistemic.MARKERS)
 
-def fail(message):
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+def check(record, fields, where):
+    """The record, if it is an object with these fields; else an error that says where it is."""
+    if not isinstance(record, dict) or not all(
+            isinstance(record.get(field), kind) for field, kind in fields.items()):
+        raise ValueError(f"{where}: no object with {', '.join(fields) or 'named fields'}")
+    return record
 
-def read_lines(path):
-    """The objects of a JSON Lines file, none if there is no such file. Another line is left out and
-    named: the last one is half written while a run goes on."""
-    text = path.read_bytes() if path and path.is_file() else b""
-    for number, line in enumerate(text.splitlines(), 1):
-        try:  # surrogatepass: half an emoji is what a token limit leaves
-            yield dict(json.loads(line.decode("utf-8", "surrogatepass"), strict=False))
-        except (ValueError, TypeError, RecursionError):
-            unread[path] = f"line {number} is no JSON object"
+def parse(text, where, fields={}):
+    try:
+        record = json.loads(text, strict=False)  # a model's text may hold raw control characters
+    except (ValueError, RecursionError):
+        raise ValueError(f"{where}: no whole JSON; was it cut off?") from None
+    return check(record, fields, where)
 
-class Point(SimpleNamespace):
-    """One benchmark's {quantity: mean}, `values`, of an `arm` at a `step`; `path`: of its answers.
+def read_json(path):
+    return parse(path.read_bytes(), path) if path.exists() else {}
 
-    kind and where: "run" and its model, or "evaluation" or "contexts" and its folder. A run's
-    training is one of its benchmarks. What the others began with is the arm "base".
-    """
-    def answers(self):
-        for r in read_lines(self.path):  # a run keeps all its benchmarks' in one file
-            if "response" in r and (self.kind != "run" or r["benchmark"] == self.benchmark):
-                yield r
+def read_lines(path, fields={}, growing=False):
+    rows = path.read_bytes().splitlines(True) if path.exists() else []
+    if growing and rows and not rows[-1].endswith(b"\n"):
+        rows.pop()  # half a row: the run goes on
+    return [parse(row, f"{path}, row {number}", fields) for number, row in enumerate(rows, 1)]
 
-    @functools.cached_property
-    def digest(self):
-        """(uses an answer of each marker, of each word, {question: [record without text]})."""
-        markers, words, questions = Counter(), Counter(), defaultdict(list)
-        for r in self.answers():
-            text = r.pop("response")
-            markers.update(epistemic.count_by_marker(text))
-            words.update(re.findall("[a-z]+", text.lower()))
-            questions[r["index"]].append(dict(r, score=r["correct"], length=r["tokens"]))
-        n = sum(map(len, questions.values()))
-        return [{w: c / n for w, c in uses.items()} for uses in (markers, words)] + [questions]
+def read_answers(path, benchmark):
+    return [row for row in read_lines(path, ANSWER) if benchmark in (None, row.get("benchmark"))]
 
-class Folder:
-    """A folder with results, as points. Those of one name are the seeds of one arm."""
-    def __init__(self, name, seed, path):
-        self.name, self.seed, self.path, self.points = name, seed, path, []
-        self.config, self.summary, self.errors, self.token_kl = (
-            next(read_lines(path / f"{file}.json"), {})
-            for file in ("config", "summary", "errors", "token_kl"))
-        model = self.config.get("model")  # evaluate.py's is a list, checkpoints among them
-        model = min(model, key=lambda m: "/step_" in m) if isinstance(model, list) else model
-        self.model = "/".join(PurePath(str(model)).parts[-2:]) + (
-            "" if self.config.get("enable_thinking", True) else ", thinking off")
-        rows = [m for m in read_lines(path / "metrics.jsonl") if "score" in m]  # SFT has none
-        for i in range(len(rows) + 1 if rows else 0):  # five steps together: one's few are noisy
-            mean = {q: fmean(m[q] for m in rows[max(i - 5, 0):i] or rows[:1]) for q in FORMS}
-            self.add("run", name if i else "base", i, "training", mean, None)
-        for file in path.glob("eval/step_*.json"):
-            for b, row in next(read_lines(file), {}).items():
-                step = int(file.stem[5:])
-                self.add("run", name if step else "base", step, b, row, file.with_suffix(".jsonl"))
-        models = self.summary.get("models", {})
-        alone = sum("/step_" not in model for model in models) == 1
-        for model, benchmarks in models.items():
-            arm, _, step = model.rpartition("/step_")
-            arm = f"SFT on {arm}" if arm in ("d_ug", "d_sg") else arm
-            for b, row in benchmarks.items():
-                self.add("evaluation", arm or ("base" if alone else model), int(step) if arm else 0,
-                         b, row, path / model / f"{b}.jsonl")
-        for context, row in self.summary.get("contexts", {}).items():
-            self.add("contexts", context, 0, "", row, path / f"{context}.jsonl")
+@functools.cache
+def counted(path, benchmark):
+    """The answers without texts; uses an answer of each marker and, after a blank, each word."""
+    rows, uses = read_answers(path, benchmark), Counter()
+    for row in rows:
+        text = row.pop("response")
+        uses.update(epistemic.count_by_marker(text))
+        uses.update(f" {word}" for word in re.findall("[a-z]+", text.lower()))
+        row.update(score=row["correct"], length=row["tokens"], epistemic=epistemic.count(text))
+    if not rows:
+        raise ValueError(f"{path}: holds no answers to {benchmark}")
+    return pandas.DataFrame(rows), pandas.Series(uses, dtype=float) / len(rows)
 
-    def add(self, kind, arm, step, benchmark, row, path):
-        n = max(row.get("pass_at", "1"), key=int)
-        best = {f"pass@{n}": row["pass_at"][n]} if n != "1" else {}
-        self.points.append(Point(
-            kind=kind, where=self.model if kind == "run" else self.name, model=self.model, arm=arm,
-            step=step, seed=self.seed, benchmark=benchmark, path=path,
-            values={q: row[q] for q in FORMS} | best))
+def results(table, where, answers, **same):
+    """Of {benchmark: means}, rows of the one table that all is drawn from, a quantity each.
+    answers(benchmark): their file, and the benchmark if the file holds several."""
+    for benchmark, means in check(table, {}, where).items():
+        n = max(check(means, MEANS, where).get("pass_at", "1"), key=int)
+        best = {f"pass@{n}": means["pass_at"][n]} if n != "1" else {}
+        at = answers(benchmark)
+        same |= dict(benchmark=benchmark, answers=at if at[0].exists() else None)
+        for quantity, value in ({q: means[q] for q in MEANS} | best).items():
+            yield dict(same, quantity=quantity, value=value)
+
+def read_folder(name, seed, path, config):
+    """A folder's results. They are of a kind: "run", a trainer's; "evaluation", evaluate.py's;
+    "contexts", generate_conditions.py's. All runs of a model are one group, else each folder is."""
+    rows, file = [], path / "metrics.jsonl"
+    model = config.get("model")  # evaluate.py's is a list, checkpoints among them
+    model = min(model, key=lambda m: "/step_" in m) if isinstance(model, list) else model
+    model = "/".join(PurePath(str(model)).parts[-2:])
+    model += "" if config.get("enable_thinking", True) else ", thinking off"
+    steps = [check(row, MEANS | dict(step=int), f"{file}, row {number}") for number, row in
+             enumerate(read_lines(file, growing=True), 1) if "score" in row]  # SFT has none
+    for i, row in enumerate(steps):
+        five = pandas.DataFrame(steps[max(i - 4, 0):i + 1])  # one step is too noisy
+        rows += [dict(kind="run", group=model, arm=name, step=row["step"], benchmark="training",
+                      quantity=q, value=five[q].mean(), error=five[q].sem()) for q in MEANS]
+    for file in path.glob("eval/step_*.json"):
+        step = int(file.stem[5:])
+        for arm in [name] if step else [name, "base"]:
+            rows += results(read_json(file), file, lambda b: (file.with_suffix(".jsonl"), b),
+                            kind="run", group=model, arm=arm, step=step)
+    summary = read_json(file := path / "summary.json")
+    models = check(summary.get("models", {}), {}, file)
+    bases = [evaluated for evaluated in models if "/step_" not in evaluated]
+    for evaluated, table in models.items():
+        arm, _, step = evaluated.rpartition("/step_")
+        arm = re.sub("^(d_ug|d_sg)$", r"SFT on \1", arm) or (
+            "base" if bases == [evaluated] else evaluated)
+        rows += results(table, file, lambda b: (path / evaluated / f"{b}.jsonl", None), arm=arm,
+                        kind="evaluation", group=name, step=int(step) if step.isdigit() else 0)
+    for context, means in check(summary.get("contexts", {}), {}, file).items():
+        rows += results({"": means}, file, lambda _: (path / f"{context}.jsonl", None), arm=context,
+                        kind="contexts", group=name, step=0)
+    return [dict(row, seed=seed, model=model) for row in rows]
 
 def find(roots):
-    """The folders with results below the roots; a folder seed_N is no part of a name."""
+    """{(name, seed, path): config} of all folders with results; seed_N is no part of a name."""
     found, top = {}, os.path.commonpath([root.absolute() for root in roots])
     for here, below, files in (i for r in roots for i in os.walk(r.absolute(), followlinks=True)):
         path, real = Path(here), Path(here).resolve()
         below[:] = [d for d in below if d not in ("checkpoints", "rollouts", "rounds")
                     and (real / d).resolve() not in (real, *real.parents)]  # a link to itself
-        if {"summary.json", "metrics.jsonl"} & set(files):
+        if {"summary.json", "metrics.jsonl", "token_kl.json"} & {*files}:
             seeds = [p for p in path.parts if re.fullmatch(r"seed_\d+", p)] or ["seed_0"]
             own = [p for p in path.parts if p not in seeds][-1]
             inner = "/".join(p for p in path.relative_to(top).parts if p not in seeds)
             found[inner or own, int(seeds[-1][5:]), path] = None
-    return [Folder(*key) for key in sorted(found)]
+    return {key: read_json(key[2] / "config.json") for key in sorted(found)}
 
-def last(found, *kinds):
-    """{(where, benchmark): {arm: {seed: its last Point}}}, training and the base first."""
-    tree = defaultdict(lambda: defaultdict(dict))
-    for p in sorted((p for f in found for p in f.points if p.kind in kinds),
-                    key=lambda p: (p.benchmark != "training", p.arm != "base")):
-        seeds = tree[p.where, p.benchmark][p.arm]
-        seeds[p.seed] = max(seeds.get(p.seed, p), p, key=lambda p: p.step)
-    return tree
+UNCOMPARED = re.compile("run_dir|seed|commit|versions|world_size|resume|wandb|steps|.*_every|"
+                        "eval_.*|tokens_per_.*|recompute_.*|offload_.*|gpu_memory_.*")
 
-# --- tables --------------------------------------------------------------------------------------
+class Found:
+    """`results`: a row a quantity; `end`: those of each arm's last step; `configs` of the training
+    runs; `aside`: runs that have figures of their own."""
+    def __init__(self, folders):
+        self.folders = folders
+        table = pandas.DataFrame(
+            [row for key, config in folders.items() for row in read_folder(*key, config)],
+            columns=["kind", "model", "group", "arm", "seed", "step", "benchmark", "quantity",
+                     "value", "error", "answers"])
+        self.results = table.sort_values("arm", kind="stable", key=lambda arms: arms.map(
+            dict(base=0, grpo=1, sdpo=2)).fillna(3))  # these first, everywhere
+        same = ["kind", "group", "arm", "seed", "benchmark", "quantity"]
+        last = self.results.groupby(same).step.transform("max") == self.results.step
+        self.end = self.results[last].drop_duplicates(same)  # several runs have one base
+        # over the questions: the answers to one question are no independent draws
+        self.end["error"] = [
+            counted(*row.answers)[0].groupby("index")[row.quantity].mean().sem()
+            if isinstance(row.answers, tuple) and row.quantity in MEANS else row.error
+            for row in self.end.itertuples()]
+        runs = {*table.arm[table.kind == "run"]}
+        self.configs = {name: config for (name, *_), config in folders.items() if name in runs}
+        # question sets and strengths, NAME_NUMBER, and controls leave the room to the others
+        few = [arm for arm in self.configs if not re.search(r"_[\d.]+$|^control_", arm)][:8]
+        self.aside = {*self.configs} - {*few} if len(self.configs) > 8 else set()
 
-def standard_error(values):
-    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    def alike_but_for(self, flag):
+        """[{run: its value of the flag}] of runs that differ in this flag alone, smallest first."""
+        groups = defaultdict(dict)
+        for arm, config in self.configs.items():
+            rest = {k: v for k, v in config.items() if k != flag and not UNCOMPARED.fullmatch(k)}
+            groups[json.dumps(rest, sort_keys=True)][arm] = config.get(flag)
+        return [dict(sorted(values.items(), key=lambda item: (item[1] is None, item[1] or 0)))
+                for values in groups.values() if len({*values.values()}) > 1]
 
-def cell(values, form):
-    """Mean ± standard error of [(value, its error)]: over the seeds if there are several."""
-    means = [v for v, _ in values]
-    error = standard_error(means) if len(means) > 1 else values[0][1] if values else None
-    return (f"{fmean(means):{form}}" if means else "") + (f" ± {error:{form}}" if error is not None
-                                                          else "")
+    def answered(self, *kinds):
+        rows = self.end[self.end.kind.isin(kinds) & (self.end.quantity == "score")]
+        return rows[rows.answers.notna()]
 
-def grid(title, rows):
-    """Lines of cells, the header first, from {name: {seed: {column: (value, error)}}}."""
-    columns = dict.fromkeys(c for seeds in rows.values() for row in seeds.values() for c in row)
-    return [[title, *columns]] + [[name] + [
-        cell([row[c] for row in seeds.values() if c in row], FORMS.get(c.split()[-1], ".3f"))
-        for c in columns] for name, seeds in rows.items()]
+# --- tables and pictures -------------------------------------------------------------------------
 
-def as_text(lines):
-    widths = [max(map(len, column)) + 2 for column in zip(*lines)]
-    return "\n".join(f"{name:{widths[0]}}" + "".join(
-        f"{c:>{w}}" for c, w in zip(line, widths[1:])) for name, *line in lines) + "\n"
+QUANTITIES = dict(score=("Score", "share right", ".3f"), length=("Length", "tokens", ",.0f"),
+                  epistemic=("Words of doubt", "uses an answer", ".1f"))
+PLACES = {"training": "in training", "in": "in domain", "ood": "out of distribution"}
+pandas.set_option("display.max_colwidth", None, "mode.string_storage", "python")  # half emojis
+pyplot.switch_backend("Agg")
+pyplot.style.use("tableau-colorblind10")
+pyplot.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+                        "grid.alpha": 0.25, "axes.titlelocation": "left", "axes.titlesize": 10,
+                        "legend.frameon": False, "legend.fontsize": 8, "text.parse_math": False})
 
-def as_html(lines):
-    head, *body = [[html.escape(str(c)) for c in line] for line in lines]
-    return f'<div class="wide"><table><tr><th>{"<th>".join(head)}</tr>' + "".join(
-        f'<tr><th>{"<td>".join(line)}</tr>' for line in body) + "</table></div>"
+def spread(rows):
+    """Means and standard errors: over the seeds; of one seed over its questions."""
+    same = rows.groupby(["arm", "benchmark", "quantity"], sort=False)
+    return pandas.DataFrame(dict(mean=same.value.mean(), seeds=same.size(),
+                                 error=same.value.sem().fillna(same.error.first())))
 
-def results(found, kind):
-    """{where: {arm: {seed: {"benchmark quantity": (value, error over questions)}}}} at the end."""
-    tree = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
-    for (where, b), arms in last(found, kind).items():
-        for p in (p for seeds in arms.values() for p in seeds.values()):
-            for q, y in p.values.items():  # the answers to one question are no independent draws
-                of = [fmean(r[q] for r in rs) for rs in p.digest[2].values() if q in FORMS]
-                tree[where][p.arm][p.seed][f"{b} {q}".strip()] = y, standard_error(of)
-    return tree
+def in_text(quantity, mean, error):
+    form = QUANTITIES.get(quantity, ["", "", ".3f"])[2]
+    return f"{mean:{form}}" + (f" ± {error:{form}}" if error == error else "")  # nan: unknown
 
-def tables(found, kind):
-    return [as_html(grid(where, rows)) for where, rows in results(found, kind).items()]
+def grid(numbers):
+    """A row an arm, a column a benchmark's quantity, training first."""
+    rows = defaultdict(dict)
+    for (arm, benchmark, quantity), mean, _, error in numbers.itertuples():
+        rows[arm][f"{benchmark} {quantity}".strip()] = in_text(quantity, mean, error)
+    table = pandas.DataFrame.from_dict(rows, orient="index")
+    return table[sorted(table, key=lambda name: "training" not in name)].fillna("")
 
-# --- drawing -------------------------------------------------------------------------------------
+class Page:
+    def __init__(self):
+        self.html, self.files, self.section = "", {}, ""
 
-# Okabe and Ito's, for the colour-blind, its yellow left out; the last two ours
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8C6D00", "#7A5195", "#333333")
-UNITS = dict(score="score (share right)", length="length (tokens)",
-             epistemic="epistemic words an answer")
-pyplot.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
-                        "axes.grid": True, "grid.alpha": 0.25, "axes.titlesize": 10})
-pictures = {}  # {name: PNG} of what was drawn
+    def add(self, title, suffix, content):
+        words = re.sub(r"\W+", "_", f"{self.section.split(':')[0]} {title}".lower()).strip("_")
+        name = f"figures/{len(self.files) + 1:03d}_{words[:90]}.{suffix}"
+        self.files[name] = content
+        return name
 
-def file_name(title):
-    return re.sub(r"\W+", "_", title.lower()).strip("_")
+    def table(self, title, table, numbers=None, style="wide"):
+        """`numbers`: what its CSV holds, if that is not the table itself."""
+        content = (table if numbers is None else numbers).to_csv().encode("utf-8", "replace")
+        self.html += (f'<div class="{style}"><b>{html.escape(title)}</b> <a href="'
+                      f'{self.add(title, "csv", content)}">CSV</a>{table.to_html(border=0)}</div>')
 
-def panel(title, draw, data, **labels):
-    """A picture of its own, so that the page sets as many beside each other as it has room for."""
-    figure, axis = pyplot.subplots(figsize=(4.8, 3.2), layout="constrained")
-    axis.set(title=title, **labels)
-    draw(axis, data)
-    figure.savefig(file := io.BytesIO(), dpi=120)
-    pyplot.close(figure)
-    pictures[f"{len(pictures) + 1:03d}_{file_name(title)}"] = file.getvalue()
-    return (f'<img alt="{html.escape(title)}" src="data:image/png;base64,'
-            f'{base64.b64encode(file.getvalue()).decode()}">')
+    def figure(self, title, draw, data, xlabel="uses an answer", ylabel=""):
+        """A picture of its own, so that the page sets as many beside each other as have room."""
+        figure, axis = pyplot.subplots(figsize=(4.8, 3.3), layout="constrained")
+        draw(axis, data)
+        axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        axis.legend(loc="upper left", bbox_to_anchor=(1, 1))  # where it covers nothing
+        figure.savefig(image := io.BytesIO(), dpi=120)
+        pyplot.close(figure)
+        self.add(title, "png", image.getvalue())
+        self.html += (f'<img alt="{html.escape(title)}" src="data:image/png;base64,'
+                      f'{base64.b64encode(image.getvalue()).decode()}">')
 
-def lines(axis, series, sizes=()):
-    """series: {name: one {x: y} a seed}. Their mean, and a band from the lowest to the highest."""
-    ends, low = [], -0.15
-    for color, (name, seeds) in zip(COLORS * 9, series.items()):
-        at = {x: [s[x] for s in seeds if x in s] for x in sorted(set().union(*seeds))}
-        mean = [fmean(ys) for ys in at.values()]
-        axis.plot([*at], mean, color=color, lw=1.6, marker="o" if len(at) < 12 else "", ms=3)
-        axis.fill_between([*at], [*map(min, at.values())], [*map(max, at.values())], color=color,
-                          alpha=0.15, lw=0)
-        ends.append((mean[-1], name, color))
-    axis.set_ylim(0, None)
+def lines(axis, series):
+    """{name: y by x, a column a seed}. Their mean, and a band from the lowest to the highest."""
+    for i, (name, seeds) in enumerate(series.items()):
+        marker = "os"[i // 10 % 2] if len(seeds) < 12 else None
+        (line,) = axis.plot(seeds.mean(axis=1), marker=marker, ms=3, label=name)
+        axis.fill_between(seeds.index, seeds.min(axis=1), seeds.max(axis=1), alpha=0.15,
+                          color=line.get_color())
+    axis.set_ylim(0)
     axis.locator_params(axis="x", integer=True)
-    if sizes:  # of question sets
+    if seeds.index.name == "size":
         axis.set_xscale("log", base=2)
-        axis.set_xticks(sizes, sizes)
-    # names moved apart where they would cover each other, and down where they would leave the panel
-    ends = [(y / axis.get_ylim()[1], name, color) for y, name, color in sorted(ends)]
-    for i, (y, name, color) in enumerate(ends):
-        low = max(low + 0.065, min(y, 1 - 0.065 * (len(ends) - 1 - i)))
-        axis.text(1.02, low, name, color=color, transform=axis.transAxes, va="center", size=8)
+        axis.set_xticks(seeds.index, seeds.index.astype(int), rotation=90)
 
 def bars(axis, series):
-    """series: {arm: one {marker: value} a seed}: for a word a bar an arm, and a dot a seed."""
-    most = {w: max(abs(s.get(w, 0)) for seeds in series.values() for s in seeds)
-            for w in epistemic.MARKERS}
-    words, n = sorted((w for w in most if most[w]), key=lambda w: -most[w]), len(series)
-    for i, (color, (name, seeds)) in enumerate(zip(COLORS * 9, series.items())):
-        for j, word in enumerate(words):
-            values = [s.get(word, 0) for s in seeds]
-            axis.barh(j + 0.8 * i / n, fmean(values), 0.8 / n, color=color)
-            axis.plot(values, [j + 0.8 * i / n] * len(values), "k.", ms=3 * (len(values) > 1))
-            if not j:
-                axis.annotate(name, (max(0, *values, 0), 0.8 * i / n), (4, 0), size=8, color=color,
-                              textcoords="offset points", va="center")
-    axis.set_yticks([j + 0.4 - 0.4 / n for j in range(len(words))], words)
-    axis.invert_yaxis()
-    never = ", ".join(w for w in most if not most[w])
-    axis.set_xlabel(axis.get_xlabel() + (f"\nnever said: {never}" if never else ""))
-    axis.figure.set_figheight(1.2 + 0.15 * len(words) * (n + 1))
+    """{name: uses of words, a column a seed}. Their mean, for each word that is said."""
+    means = pandas.DataFrame({name: seeds.mean(axis=1) for name, seeds in series.items()})
+    means = means.loc[means.abs().max(axis=1).sort_values().loc[lambda most: most > 0].index]
+    axis.figure.set_figheight(1.5 + 0.13 * len(means) * (len(series) + 1))
+    means.plot.barh(ax=axis, width=0.8)
 
-def shifts(axis, arms):
-    """arms: {name: ({marker: shift}, {other word: shift}, ratio)}: a dot a word."""
-    for i, (color, (name, (ours, others, ratio))) in enumerate(zip(COLORS * 9, arms.items())):
-        for words, y, color in ((ours, i, color), (others, i + 0.35, "0.45")):
-            axis.plot([*words.values()], [y] * len(words), "o", ms=4, color=color, alpha=0.6)
-            for w in sorted(words, key=lambda w: abs(words[w]))[-1:]:
-                axis.annotate(f"{w} {words[w]:+.1f}", (words[w], y), (0, 5), size=7, ha="center",
-                              textcoords="offset points", color=color)
-        axis.text(1.02, i + 0.17, f"{ratio:.1f} x", transform=axis.get_yaxis_transform())
-    axis.set_yticks([i + 0.17 for i in range(len(arms))], arms)
-    axis.set_ylim(len(arms) - 0.3, -0.5)
-    axis.margins(x=0.15)
-    axis.figure.set_figheight(1.2 + 0.6 * len(arms))
+# --- the paper's figures and tables --------------------------------------------------------------
 
-def plane(axis, arms):
-    """arms: {name: one {quantity: mean} a seed}: a point an arm, a line through those of one name
-    with several strengths, NAME_STRENGTH; GRPO and SDPO, the corners, and the base are black."""
-    tracks = defaultdict(list)
-    for name, seeds in arms.items():
-        point = [fmean(s[q] for s in seeds) for q in ("length", "score")]
-        tracks[re.sub(r"_[\d.]+$", "", name)].append((name, *point))
-    colors = iter(COLORS * 9)
-    for name, points in tracks.items():
-        corner = name in ("base", "grpo", "sdpo")
-        color = "k" if corner else next(colors)
-        points.sort(key=lambda p: float(p[0].rpartition("_")[2]) if len(points) > 1 else 0)
-        axis.plot(*zip(*(xy for _, *xy in points)), color=color, marker="so"[not corner], ms=4, lw=1)
-        for i, (arm, *xy) in enumerate(points):
-            label = arm if i == 0 else arm.rpartition("_")[2]
-            axis.annotate(label, xy, (4, 4), color=color, size=8 - 2 * (i > 0),
-                          textcoords="offset points", weight="bold" if corner else "normal")
-    axis.margins(x=0.12)
-    axis.set_ylim(0, 1)
-    axis.figure.set_size_inches(7, 5)
+def tables(page, found, kind):
+    for group, rows in found.end[found.end.kind == kind].groupby("group", sort=False):
+        page.table(group, grid(spread(rows)), spread(rows))
 
-# --- figures and tables: each gives pieces of HTML, none if there is nothing to draw --------------
-
-def configs(found):
-    """{model: {arm: config}} of the training runs."""
-    tree = defaultdict(dict)
-    for f in (f for f in found if any(p.kind == "run" for p in f.points)):
-        tree[f.model][f.name] = f.config
-    return tree
-
-def curves(found, where, labels, title):
-    """A panel a benchmark and quantity, over the steps, of the arms in {arm: its label}."""
-    tree = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
-    for p in (p for f in found for p in f.points if p.where == where):
-        for q, y in p.values.items():
-            tree[p.benchmark, q][p.arm][p.seed][p.step] = y
-    for (b, q), arms in tree.items():
-        base = arms["base"] if b != "training" else {}  # another |D|'s first step is another's
-        series = {label: [base.get(seed, {}) | steps for seed, steps in arms[a].items()]
-                  for a, label in labels.items() if a in arms}
+def figures(page, rows, x="step", xlabel="step"):
+    """One a benchmark and quantity: a line over x for each `label` of the rows."""
+    for (group, b, q), part in rows.groupby(["group", "benchmark", "quantity"], sort=False):
+        series = {label: own.pivot_table(index=x, columns="seed", values="value")
+                  for label, own in part.groupby("label", sort=False)}
+        series = {name: seeds for name, seeds in series.items() if x != "step" or len(seeds) > 1}
+        name, unit, _ = QUANTITIES.get(q, (q, "share right", ""))
         if series:
-            yield panel(f"{title}: {b} {q}", lines, series, xlabel="step", ylabel=UNITS.get(q, q))
+            title = f"{name} {PLACES.get(b, f'on {b}')}\n{group}"
+            page.figure(title, lines, series, xlabel, unit)
 
-def alike(arms, key):
-    """The groups of {arm: config} that differ in this flag alone, of those that matter."""
-    groups, rest = defaultdict(dict), re.compile(
-        f"{key}|run_dir|seed|commit|versions|world_size|resume|steps|.*_every|eval_.*|"
-        "tokens_per_.*|recompute_.*|offload_.*|gpu_memory_.*")
-    for arm, c in arms.items():
-        groups[str({k: c[k] for k in sorted(c) if not rest.fullmatch(k)})][arm] = c
-    def order(item):  # numbers before texts
-        value = item[1].get(key)
-        return (isinstance(value, str), value or 0)
-    return [dict(sorted(g.items(), key=order)) for g in groups.values()
-            if len({str(c.get(key)) for c in g.values()}) > 1]
+def over_steps(page, found, flag=None, kind="run", benchmarks=()):
+    """Of all runs, or of those that differ in one flag alone."""
+    rows = found.results[found.results.kind == kind]
+    rows = rows[rows.benchmark.isin(benchmarks)] if benchmarks else rows
+    for arms in found.alike_but_for(flag) if flag else [{*rows.arm} - found.aside - {"base"}]:
+        labels = {arm: f"{arms[arm]} ({arm})" if flag else arm for arm in arms}
+        figures(page, rows.assign(label=rows.arm.map(labels)))
 
-def compared(found, key):
-    def named(value):
-        return f"{value:.2g}" if isinstance(value, float) else value
-    return [image for model, arms in configs(found).items() for group in alike(arms, key) for image
-            in curves(found, model, {a: f"{named(c.get(key))} ({a})" for a, c in group.items()}, key)]
+def over_sizes(page, found):
+    ends = found.end[found.end.kind == "run"]
+    for sizes in found.alike_but_for("num_questions"):
+        base = [ends[ends.arm == "base"].assign(label="base", size=n) for n in sizes.values()]
+        figures(page, pandas.concat([*base, ends[ends.arm.isin(sizes)].assign(
+            label=min(sizes, key=len), size=ends.arm.map(sizes))]), "size", "|D|")
 
-def all_runs(found, *flags):
-    """Eight arms a picture at most; of those that differ in |D| alone the one with the most."""
-    for model, arms in configs(found).items():
-        few = {a for group in alike(arms, "num_questions") for a in [*group][:-1]}
-        shown = [a for a, c in arms.items() if a not in few and all(
-            c.get(flag) == value for flag, value in flags)]
-        for i in range(0, len(shown), 8):
-            yield from curves(found, model, {a: a for a in shown[i:i + 8]}, model)
+def score_against_length(page, found):
+    """A dot an arm; a line through the strengths of a remedy, NAME_STRENGTH."""
+    remedies = [arm for arm, config in found.configs.items() if "remedy" in config]
+    rows = found.end[found.end.arm.isin([*remedies, "base", "grpo", "sdpo"] if remedies else [])]
+    rows = rows[(rows.kind == "run") & (rows.benchmark != "training")].pivot_table(
+        "value", ["group", "benchmark", "arm"], "quantity").reset_index()
+    figures(page, rows.assign(
+        seed=0, quantity="score", label=rows.arm.str.replace(r"_[\d.]+$", "", regex=True),
+        value=rows.get("score")), "length", "tokens")
 
-def checkpoints(found):
-    for name in dict.fromkeys(f.name for f in found if "models" in f.summary):
-        of = [p for f in found for p in f.points if p.kind == "evaluation" and p.where == name]
-        steps = Counter(arm for arm, _ in dict.fromkeys((p.arm, p.step) for p in of))
-        yield from curves(found, name, {a: a for a in steps if steps[a] > 1}, name)
+def uses(rows):
+    """Of markers and words, as `counted` names them: a row a group, benchmark, arm and seed."""
+    keys = pandas.MultiIndex.from_frame(rows[["group", "benchmark", "arm", "seed"]])
+    return pandas.DataFrame([counted(*at)[1] for at in rows.answers]).set_axis(keys).fillna(0)
 
-def over_data(found, key, size, xlabel):
-    """Where the runs ended that differ in their data alone, over its size."""
-    for model, arms in configs(found).items():
-        rows, series = results(found, "run")[model], defaultdict(lambda: defaultdict(dict))
-        for group in alike(arms, key):
-            for a, c in group.items():
-                for seed, row in rows[a].items() if size(c) else ():
-                    for column, (y, _) in row.items():
-                        series[column][min(group, key=len), seed][size(c)] = y
-        for column, of in series.items():
-            sizes = sorted(set().union(*of.values()))
-            if len(sizes) < 2:
-                continue
-            yield panel(f"{model}: {column} at the end", functools.partial(lines, sizes=sizes), {
-                name: [s for (n, _), s in of.items() if n == name] for name, _ in of},
-                xlabel=xlabel, ylabel=UNITS.get(column.split()[-1], column))
+def changes(rows):
+    """In each arm against the base of its seed; of the base's other words the mean size."""
+    table = uses(rows)
+    is_base = table.index.isin(["base"], level=2)
+    base, arms = table[is_base].droplevel(2), table[~is_base]
+    change = (arms - base.reindex(arms.index.droplevel(2)).to_numpy()).dropna().loc[:, base.any()]
+    others = change.drop(columns=[f" {marker}" for marker in MARKERS], errors="ignore")
+    return change.assign(other_words=others.filter(regex="^ ").abs().mean(axis=1))
 
-def score_against_length(found):
-    remedies = {f.name for f in found if "remedy" in f.config}
-    for (where, b), arms in last(found, "run").items() if remedies else ():
-        if b != "training" and remedies & arms.keys():
-            yield panel(f"{where}: {b}", plane, {
-                a: [p.values for p in seeds.values()] for a, seeds in arms.items()
-                if a in remedies | {"base", "grpo", "sdpo"}},
-                xlabel=UNITS["length"], ylabel=UNITS["score"])
+def word_bars(page, table):
+    for (group, benchmark), part in table.filter([*MARKERS, "other_words"]).groupby(
+            level=[0, 1], sort=False):
+        page.figure(f"Words of doubt {PLACES.get(benchmark, benchmark)}\n{group}", bars, {
+            arm: own.droplevel([0, 1, 2]).T for arm, own in part.groupby(level=2, sort=False)})
 
-def families(config):
-    return int((re.findall(r"families_(\d+)\.jsonl$", str(config.get("data"))) or [0])[0])
+def changed_words(page, found, flag=None):
+    rows = found.answered("run") if flag else found.answered("run", "evaluation")
+    for arms in found.alike_but_for(flag) if flag else [{*rows.arm} - found.aside]:
+        word_bars(page, changes(rows[rows.arm.isin({"base", *arms})]))
 
-def base_words(found):
-    models = defaultdict(dict)
-    for (where, b), arms in last(found, "run", "evaluation").items():
-        for arm, seeds in arms.items():  # an evaluation's, with more answers, instead of a run's
-            if rows := [p.digest[0] for p in seeds.values() if not p.step and p.digest[0]]:
-                models[b][[*seeds.values()][0].model if arm == "base" else arm] = rows
-    return [panel(f"{b}, before training", bars, rows, xlabel="uses an answer")
-            for b, rows in models.items() if len(rows) > 1]
+def token_kl(page, found):
+    for name, seed, path in found.folders:
+        fields, file = dict(text=str, kl=NUMBER, count=NUMBER), path / "token_kl.json"
+        rows = [check(token, fields, file) for token in read_json(file).values()]
+        if rows:
+            tokens = pandas.DataFrame(rows).set_index("text")
+            kl = tokens.kl / tokens["count"]
+            # ours: the paper does not say what is frequent; its rarest variant has 25
+            mean = kl[tokens["count"] >= 25].mean()
+            ten = tokens.index.str.strip(" :,.").str.lower().isin(MARKERS)
+            tokens = tokens.assign(mean=kl, ratio=kl / mean)[ten].rename("‘{}’".format).round(3)
+            page.table(f"{name} {seed}: {mean:.3f} on average", tokens.sort_values("ratio")[::-1])
 
-def context_words(found):
-    for (where, _), arms in last(found, "contexts").items():
-        yield panel(where, bars, {a: [p.digest[0] for p in seeds.values()]
-                                  for a, seeds in arms.items()}, xlabel="uses an answer")
+def trace(arm, a):
+    """The ten words are marked as epistemic.py counts them: as substrings, in any case."""
+    text = re.sub(f"(?ia){'|'.join(MARKERS)}", r"<mark>\g<0></mark>", html.escape(a["response"]))
+    text = text.replace("\n", "<br>")  # pandas would print a backslash and an n
+    return (f"<b>{html.escape(arm)}: {'right' if a['correct'] else 'wrong'}</b>, {a['tokens']:,} "
+            f"tokens, {epistemic.count(a['response'])} words of doubt<pre>{text}</pre>")
 
-def against_base(found, draw, measure, xlabel):
-    """A panel a benchmark of measure([(base's digest, arm's digest) of each seed]) of each arm."""
-    for (where, b), arms in last(found, "run", "evaluation").items():
-        base, data = arms.pop("base", {}), {}
-        for arm, seeds in arms.items():
-            pairs = [(base[s].digest, p.digest) for s, p in seeds.items() if s in base]
-            if pairs := [pair for pair in pairs if pair[0][0] and pair[1][0]]:
-                data[arm] = measure(pairs)
-        for i in range(0, len(data), 8):
-            yield panel(f"{where}: {b}", draw, dict([*data.items()][i:i + 8]), xlabel=xlabel)
+def traces(page, found):
+    """Beside each other, to a question, the first answers; first where not all agree."""
+    asked = {}  # evaluate.py's answers hold their question
+    rows = pandas.concat(map(found.answered, ("evaluation", "run", "contexts")))
+    rows = rows[~rows.arm.isin(found.aside)].drop_duplicates(["group", "benchmark", "arm"])
+    for (group, benchmark), arms in rows.groupby(["group", "benchmark"], sort=False):
+        first = pandas.DataFrame({r.arm: {a["index"]: a for a in read_answers(*r.answers)[::-1]}
+                                  for r in arms[:4].itertuples()}).dropna()
+        differ = first.map(lambda answer: answer["correct"]).nunique(axis=1) > 1
+        chosen = first.loc[sorted(differ.index, key=lambda i: (not differ[i], i))[:6]]
+        asked |= {(benchmark, a["index"], a["answer"]): " ".join(a["question"].split())
+                  for a in chosen.stack() if {"question", "answer"} <= a.keys()}
+        cells = chosen.apply(lambda answers: answers.map(functools.partial(trace, answers.name)))
+        cells.index = [html.escape(f"{asked.get((benchmark, i, a), f'Question {i}')} Right: {a}")
+                       for i, a in chosen.iloc[:, 0].map(lambda a: a.get("answer")).items()]
+        page.html += (f"<b>{html.escape(f'{group} {benchmark}')}: not all agree on {differ.sum()} "
+                      f"of {len(differ)} questions</b><div class=traces>"
+                      f"{cells.to_html(escape=False, header=False, border=0)}</div>")
 
-def marker_shifts(pairs):
-    return [{w: new[0][w] - base[0][w] for w in base[0]} for base, new in pairs]
+def settings(page, found):
+    flags = pandas.DataFrame(found.configs).T.fillna("").astype(str)
+    if len(flags):  # those first in which runs differ
+        page.table("The runs' flags", flags[sorted(flags, key=lambda f: flags[f].nunique() == 1)])
 
-def word_shifts(pairs):
-    """App. B.4: ({marker: shift}, {other word of the base's vocabulary: shift}, ratio of means)."""
-    shift = {w: fmean(new[1].get(w, 0) - base[1].get(w, 0) for base, new in pairs)
-             for w in set().union(*(base[1] for base, _ in pairs))}
-    ours = {w: shift.pop(w) for w in epistemic.MARKERS if w in shift}
-    a, b = (fmean(map(abs, words.values())) if words else 0 for words in (ours, shift))
-    return ours, shift, a / b if b else float("nan")
+CLAIMS = (  # the claim; the paper's numbers; what is compared; the order, with >= for "not below"
+    ("Takeaway 1, Table 1: the more the context tells, the fewer words of doubt", "182.5 > 159.8 > "
+     "24.1 > 8.8", "contexts", "", "epistemic", "unguided > without_think > regenerated > full"),
+    ("Takeaway 2, Table 2: right answers without doubt teach to be wrong, doubtful ones not",
+     "51.0, 54.8 > 20.2", "evaluation", "OTHER", "score", "SFT on d_ug >= base > SFT on d_sg"),
+    ("Takeaway 3, Section 5: GRPO keeps the score on other questions, SDPO does not",
+     "56.0, 54.7 > 40% less", "run", "OTHER", "score", "grpo >= base > sdpo"),
+    ("Takeaway 3, Table 5: GRPO keeps the words of doubt, SDPO does not", "24.4, 21.4 > 9.2",
+     "run", "OTHER", "epistemic", "grpo >= base > sdpo"),
+    ("Takeaway 4, Figure 7: few questions SDPO learns as well", "|D| up to 128", "run", "training",
+     "score", "sdpo FEW >= grpo FEW"),
+    ("Takeaway 4, Figure 7: many it does not", "|D| = 512", "run", "training", "score",
+     "grpo MANY > sdpo MANY"),
+    ("Takeaway 4, Figure 8: on other questions it loses most with few", "a figure", "run", "OTHER",
+     "score", "grpo MANY > grpo FEW > sdpo MANY > sdpo FEW"))
 
-def judged(found):
-    rows, counts = [], {}
-    for f, path in ((f, path) for f in found for path in sorted(f.path.rglob("*.judged.jsonl"))):
-        answers = [r for r in read_lines(path) if isinstance(r.get("count"), int)]
-        if n := [r["count"] for r in answers]:
-            name = f"{f.name} {path.relative_to(f.path)}".removesuffix(".judged.jsonl")
-            counts[f"{name} ({f.seed})"] = n
-            said = Counter(str(e) for r in answers for e in r.get("expressions") or ())
-            rows.append([name, f.seed, len(n), cell([(fmean(n), standard_error(n))], ".2f"),
-                         "; ".join(e for e, _ in said.most_common(5))])
-    if rows:
-        yield as_html([["", "seed", "answers", "expressions an answer", "most frequent"], *rows])
-        yield panel("Uncertainty expressions", lambda axis, counts: axis.boxplot(
-            [*counts.values()], orientation="horizontal", tick_labels=[*counts]), counts)
+def claims(found, model):
+    """The numbers here with the signs that hold between them, and whether they agree."""
+    rows, names, table = found.end[found.end.model == model], {}, {}
+    names["OTHER"] = next((b for b in ("ood", "aime24") if b in {*rows.benchmark}), "")
+    for sizes in found.alike_but_for("num_questions"):
+        method = min(sizes, key=len).split("_")[0]
+        names[f"{method} FEW"] = min(sizes, key=lambda arm: abs((sizes[arm] or 10**9) - 8))
+        names[f"{method} MANY"] = [*sizes][-1]
+    for claim, paper, kind, benchmark, quantity, order in CLAIMS:
+        claimed = re.findall(" (>=?) ", order)
+        keys = [(names.get(arm, arm), names.get(benchmark, benchmark), quantity)
+                for arm in re.split(" >=? ", order)]
+        own = spread(rows[rows.kind == kind]).reindex(keys)
+        apart = -own["mean"].diff()[1:]
+        noise = 2 * (own.error.fillna(0) ** 2).rolling(2).sum()[1:] ** 0.5
+        signs = [">" if a > n else "<" if a < -n else "≈" for a, n in zip(apart, noise)]
+        agrees = all(sign == ">" or sign + want == "≈>=" for sign, want in zip(signs, claimed))
+        here = " ".join(f"{key[0]} {in_text(quantity, mean, error)} {sign}" for key, mean, error,
+                        sign in zip(keys, own["mean"], own.error, [*signs, ""]))
+        verdict = "no" if "<" in signs else "yes" if agrees else "too close to tell"
+        ran = own["mean"].notna().all()
+        table[claim] = {"the paper; scores of AIME24": paper, "here": here if ran else "",
+                        "agrees": verdict if ran else "not run"}
+    return pandas.DataFrame(table).T
 
-FREQUENT = 25  # ours: the paper does not say what is frequent; its rarest variant has 25
+# --- the page ------------------------------------------------------------------------------------
 
-def token_kl(found):
-    with_kl = [f for f in found if f.token_kl]  # in training it is a mean over changing weights
-    for f in [f for f in with_kl if f.config.get("lr") == 0] or with_kl:
-        tokens = sorted((t["kl"] / t["count"], t["count"], t["text"]) for t in f.token_kl.values()
-                        if t["count"])[::-1]
-        mean = fmean(frequent) if (frequent := [k for k, n, _ in tokens if n >= FREQUENT]) else 0
-        yield as_html([[f"{f.name}, seed {f.seed}", "variant", "mean KL", "count", "ratio"], *(
-            [w, f"‘{text}’", f"{kl:.3f}", f"{n:,}", f"{kl / mean:.1f} x" if mean else "–"]
-            for w in epistemic.MARKERS for kl, n, text in tokens
-            if text in (w, f" {w}", w.title(), f" {w.title()}")), [
-            "all", f"{len(frequent):,} tokens seen {FREQUENT} times", f"{mean:.3f}", "", "1.0 x"]])
-
-def errors(found):
-    for f in (f for f in found if f.errors):
-        kinds = dict.fromkeys(kind for row in f.errors.values() for kind in row)
-        yield as_html([[f"{f.name}, seed {f.seed}", *kinds], *(
-            [name, *(row.get(kind, 0) for kind in kinds)] for name, row in f.errors.items())])
-
-SHOWN, MODELS, LONGEST = 6, 4, 20_000  # questions a benchmark, answers beside each other, letters
-
-def highlighted(text):
-    """HTML of an answer, its markers marked as epistemic.py counts them: as substrings."""
-    if len(text) > LONGEST:
-        text = (f"{text[:LONGEST // 2]}\n\n[{len(text) - LONGEST:,} letters are left out here]\n\n"
-                f"{text[-LONGEST // 2:]}")
-    parts = re.split(f"({'|'.join(epistemic.MARKERS)})", text, flags=re.I | re.A)
-    return "".join(f"<mark>{html.escape(part)}</mark>" if i % 2 else html.escape(part)
-                   for i, part in enumerate(parts))
-
-def traces(found):
-    for (where, b), arms in last(found, "contexts", "run", "evaluation").items():
-        ends = [p for seeds in arms.values() for p in [min(seeds.items())[1]] if p.digest[2]]
-        score = [{i: fmean(r["score"] for r in rs) for i, rs in p.digest[2].items()}
-                 for p in ends[:MODELS]]
-        both = set(score[0]).intersection(*score) if len(score) > 1 else ()
-        apart = {i: max(s[i] for s in score) - min(s[i] for s in score) for i in both}
-        chosen = sorted(both, key=lambda i: (-apart[i], i))[:SHOWN]
-        first = {i: {} for i in chosen}  # {question: {arm: its first answer}}
-        for p in ends[:MODELS]:
-            for r in p.answers():
-                if r["index"] in first:
-                    first[r["index"]].setdefault(p.arm, r)
-        if first:
-            yield (f"<h3>{html.escape(f'{where} {b}')}</h3><p>"
-                   f"{len(first)} of {len(both)} questions; the {sum(map(bool, apart.values()))} "
-                   f"on which the models differ come first. {len(score)} of {len(ends)} models, "
-                   "the first answer of each.</p>")
-        for i, answers in first.items():
-            r = next(iter(answers.values()))
-            asked = f"{r.get('question', f'Question {i}')} Right answer: {r.get('answer')}"
-            yield f"<details><summary>{html.escape(asked)}</summary>" + "".join(
-                f"<div><b>{html.escape(arm)}: {'right' if r['correct'] else 'wrong'}</b>, "
-                f"{r['tokens']:,} tokens, {epistemic.count(r['response'])} epistemic words"
-                f"<pre>{highlighted(r['response'])}</pre></div>" for arm, r in answers.items()
-            ) + "</details>"
-
-CONTEXTS, EVAL, DIFFER = "generate_conditions.py's", "evaluate.py's", "runs that differ alone in"
-SECTIONS = (  # title, the files (in folders of a run, or a script's) that it is drawn from, by what
-    ("Where the runs ended", "metrics.jsonl, eval/", tables, "run"),
-    ("Tables 1 and 7: one question in five contexts", f"{CONTEXTS} summary", tables, "contexts"),
-    ("Figure 9: the words by context", f"{CONTEXTS} answers", context_words),
-    ("Table 2: the last checkpoints", f"{EVAL} summary.json", tables, "evaluation"),
-    ("Figures 1, 3-5, 16-18: all runs over the steps", "metrics.jsonl, eval/", all_runs),
-    ("Figures 3, 4, 14: what the teacher is shown", f"{DIFFER} demonstration", compared,
-     "demonstration"),
-    ("Figure 6: a teacher that follows the student", f"{DIFFER} ema", compared, "ema"),
-    ("Figure 20a: top-k of the loss", f"{DIFFER} top_k", compared, "top_k"),
-    ("Figure 20b: the learning rate", f"{DIFFER} lr", compared, "lr"),
-    ("Figure 15: OPSD", 'runs with "context": "gold"', all_runs, ("context", "gold")),
-    ("Figure 7: |D|, over the steps", f"{DIFFER} num_questions", compared, "num_questions"),
-    ("Figure 8: over |D|", f"{DIFFER} num_questions", over_data, "num_questions",
-     lambda config: config.get("num_questions"), "|D|, questions to train on"),
-    ("Figure 8 over K task families", f"{DIFFER} data, families_K.jsonl", over_data, "data",
-     families, "K, task families to train on"),
-    ("Remedies: score against length", "remedies.py's runs", score_against_length),
-    ("Figures 4, 6, 19: acc@n, pass@n", f"{EVAL} summary.json of several steps", checkpoints),
-    ("Figure 10: the words of several models", "answers of two untrained models", base_words),
-    ("Figures 3d, 4d, 11, 16d: the words against the base", "answers of the base and after it",
-     against_base, bars, marker_shifts, "change, uses an answer"),
-    ("Figure 12: every word against the base", "answers of the base and after it", against_base,
-     shifts, word_shifts, "change, uses an answer; right: ratio of the mean sizes\n"
-     "coloured: the ten markers; grey: all other words of the base"),
-    ("Figure 13, Tables 4, 5: a judge's count", "*.judged.jsonl", judged),
-    ("Table 6: KL of student and teacher by token", "token_kl.json", token_kl),
-    ("Why answers are wrong", "errors.json", errors),
-    ("Read the traces", "answers of two models to the same questions", traces))
-
-# --- page ----------------------------------------------------------------------------------------
+SECTIONS = (  # title, what to see, what draws it, and with what
+    ("Where the runs ended", "Training: the mean of the last five steps.", tables, "run"),
+    ("Settings", "From config.json, those first that differ.", settings),
+    ("Tables 1, 7: five contexts", "The same questions, with more or less of their solution in the "
+     "prompt. The toy takes a regenerated solution for a full one.", tables, "contexts"),
+    ("Figure 9: the words by context", "Each is said less, the more the context tells.",
+     lambda page, found: word_bars(page, uses(found.answered("contexts")))),
+    ("Table 2: the last checkpoints", "As evaluate.py asks them.", tables, "evaluation"),
+    ("Figures 1, 3-5, 15-18: over the steps", "SDPO gets short, sure, and on other questions "
+     "wrong. OPSD's hybrid gains first in the paper; not on the toy: its teacher doubts least.",
+     over_steps),
+    ("Figures 3, 4, 14: demonstration", "Shown less, it loses less.", over_steps, "demonstration"),
+    ("Figure 6: a teacher that follows", "By its rate. In the paper SDPO falls further; the toy, "
+     "which has nothing left to lose, does not.", over_steps, "ema"),
+    ("Figure 7: training by |D|", "SDPO learns few questions quickly, in short answers; many not.",
+     over_steps, "num_questions", "run", ["training"]),
+    ("Figure 8: evaluation by |D|", "GRPO gains with |D|, SDPO stays below the base.", over_sizes),
+    ("Figure 11: words by |D|", "SDPO loses most with few.", changed_words, "num_questions"),
+    ("Figure 20a: top-k of the loss", "No width prevents the fall.", over_steps, "top_k"),
+    ("Figure 20b: the learning rate", "A lower one delays the fall.", over_steps, "lr"),
+    ("Remedies", "Wanted: top left. A line joins a remedy's strengths.", score_against_length),
+    ("Figures 4, 6, 19: checkpoints", "acc@n, pass@n; evaluate.py", over_steps, "", "evaluation"),
+    ("Figures 3d, 4d, 12, 16d: the words against the base", "Last, the mean size of the change of "
+     "all other words. In the paper the ten change 30 to 40 times as much; not on the toy: it has "
+     "400 tokens and says little but checks, so that all its words change.", changed_words),
+    ("Table 6: student against teacher", "In the paper 1.9 to 6.8 times the mean.", token_kl),
+    ("Read the traces", "The ten words are marked.", traces))
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Self-distillation</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1500px; margin: auto; padding: 0 1em }
-section, details[open] { display: grid; gap: 0 1em;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)) }
-section > *, summary { grid-column: 1 / -1; min-width: 0; margin: .3em 0 }
-section > img { grid-column: auto; width: 100%; max-width: 576px }
-.wide { overflow-x: auto } mark { background: #ffd54d }
-table { border-collapse: collapse } tr { border-bottom: 1px solid #ddd }
-td, th { padding: .1em .7em; text-align: right; white-space: nowrap }
-th:first-child { text-align: left; position: sticky; left: 0; background: #fff }
-pre { white-space: pre-wrap; overflow-wrap: anywhere } @media print { img { break-inside: avoid } }
-</style><h1>Self-distillation, measured</h1>
-<p>± is a standard error: over the seeds where there are several, else over the questions. A band
-goes from the lowest seed to the highest, a dot is a seed. Training is a mean of five steps.
-Epistemic words: MARKERS.</p>
-"""
+section { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)) }
+section > * { grid-column: 1 / -1; min-width: 0; margin: .3em 0 } .wide { overflow-x: auto }
+section > img { grid-column: auto; width: 100%; max-width: 576px } mark { background: #ffd54d }
+table { border-collapse: collapse } tr { border-bottom: 1px solid #ddd; vertical-align: top }
+td, th { padding: .1em .7em; text-align: left } pre { white-space: pre-wrap }
+.wide td, .wide thead th { white-space: nowrap; text-align: right } .traces td { min-width: 17em }
+@media (max-width: 600px) { .claims thead { display: none }
+  .claims tr > *, .traces tr > * { display: block } }
+</style><h1>Self-distillation, measured</h1>"""
 
-def over_steps(found):
-    """Figure 3 in numbers: GRPO beside SDPO at every step that was evaluated."""
-    rows = defaultdict(lambda: defaultdict(dict))
-    for f in (f for f in found if f.name.split("/")[-1] in ("grpo", "sdpo")):
-        tested = {p.step: p.benchmark for p in f.points if p.path}
-        for p in f.points:
-            for q, y in p.values.items() if p.step in tested else ():
-                if p.benchmark == "training" or (p.benchmark, q) == (tested[p.step], "score"):
-                    name = q if p.benchmark == "training" else f"{p.benchmark} {q}"
-                    rows[p.step][f.seed][f"{f.name} {name}"] = y, None
-    return {str(step): rows[step] for step in sorted(rows)}
+def write(out, files):
+    """Replaces and removes what report.py wrote before and nobody changed since, and no more."""
+    own = [out / name for name, checksum in read_json(out / "figures/written.json").items()
+           if (out / name).is_file() and zlib.crc32((out / name).read_bytes()) == checksum]
+    for path in (out / name for name in files):
+        if os.path.lexists(path) and path not in own:
+            raise ValueError(f"{path} is not report.py's own, and stays: move it, or give --out")
+    (out / "figures").mkdir(parents=True, exist_ok=True)
+    for path in own:
+        path.unlink()
+    written = json.dumps({name: zlib.crc32(content) for name, content in files.items()})
+    for name, content in ({"figures/written.json": written.encode()} | files).items():
+        aside = out / f"{name}.part"
+        aside.write_bytes(content)
+        aside.rename(out / name)
 
-def overview(path):
-    """The first pictures as one."""
-    figure, axes = pyplot.subplots(3, 4, figsize=(19.2, 9.6), layout="constrained")
-    for axis, png in zip(axes.flat, pictures.values()):
-        axis.imshow(pyplot.imread(io.BytesIO(png)))
-    for axis in axes.flat:
-        axis.axis("off")
-    figure.savefig(path, dpi=90)
+def report(folders, out):
+    found, page, sections = Found(find(folders)), Page(), {}
+    if not found.folders:
+        raise ValueError(f"{folders[0]}: no metrics.jsonl and no summary.json below it")
+    seeds = found.results.seed.nunique()
+    print(f"{seeds} seeds, mean ± standard error" if seeds > 1 else "one seed")
+    for (_, group), rows in found.end.groupby(["kind", "group"]):
+        print(f"\n{group}\n{grid(spread(rows)).to_string()}")
+    for model in found.end.model.unique():
+        table = claims(found, model)
+        page.table(f"The paper's claims, and {model}", table, style="claims")
+        print("", *(f"{row.agrees:18} {row.Index}" for row in table.itertuples()), sep="\n")
+    top = page.html
+    for page.section, caption, draw, *more in SECTIONS:
+        page.html = ""
+        draw(page, found, *more)
+        if page.html:
+            sections[page.section] = f"<h2>{page.section}</h2><p>{caption}</p>{page.html}"
+    commits = {str(config.get("commit", "unknown"))[:7] for config in found.configs.values()}
+    links = " · ".join(f'<a href="#{i}">{title}</a>' for i, title in enumerate(sections))
+    text = (f"{PAGE}{top}<p>±: standard error, over seeds, else over questions, in training over "
+            "steps; ≈: less than two of it apart; band: from the lowest seed to the highest; words "
+            f"of doubt, or epistemic: {', '.join(MARKERS)}. {pandas.Timestamp.now():%Y-%m-%d}, "
+            f"runs of commit {', '.join(sorted(commits))}.</p><p>{links}</p>"
+            + "".join(f'<section id="{i}">{s}</section>\n' for i, s in enumerate(sections.values()))
+            + "<p>Other sections have nothing to draw in these folders.</p>")
+    pictures = [content for name, content in page.files.items() if name.endswith("png")]
+    figure = pyplot.figure(figsize=(19.2, 10), layout="constrained")
+    for i, picture in enumerate(pictures[:12], 1):
+        figure.add_subplot(3, 4, i).imshow(pyplot.imread(io.BytesIO(picture)))
+        pyplot.axis("off")
+    figure.savefig(overview := io.BytesIO(), dpi=90)
+    write(out, page.files | {"report.html": text.encode("utf-8", "replace"),
+                             "report.png": overview.getvalue()})
+    print(f"\n{len(pictures)} figures in {out}/report.html, an overview in {out}/report.png")
 
 def main():
     parser = argparse.ArgumentParser(description="Every table and figure of finished runs.")
-    parser.error = fail
+    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     parser.add_argument("folders", nargs="+", type=Path, help="runs, or folders that hold them")
     parser.add_argument("--out", type=Path, help="where report.html, report.png and figures/ go")
     args = parser.parse_args()
-    out = args.out or (args.folders[0] if len(args.folders) == 1 else args.folders[0].parent)
-    found = find(args.folders)
-    if not any(f.points for f in found):
-        fail(f"{args.folders[0]}: no metrics.jsonl and no summary.json with results below it")
-    seeds = len({f.seed for f in found})
-    print(f"{seeds} seeds, mean ± standard error\n" if seeds > 1 else "one seed\n")
-    for kind, title in dict(contexts="Table 1", evaluation="Table 2", run="after training").items():
-        for rows in results(found, kind).values():
-            print(as_text(grid(title, rows)))
-    print(as_text(grid("step", over_steps(found))))
-    page, notes = PAGE.replace("MARKERS", ", ".join(epistemic.MARKERS)), []
-    for title, files, draw, *more in SECTIONS:
-        before, pieces = len(pictures), "".join(draw(found, *more))
-        for name in [*pictures][before:]:
-            pictures[f"{name[:4]}{file_name(title.split(':')[0])}{name[3:]}"] = pictures.pop(name)
-        if pieces:
-            page += f"<section><h2>{title}</h2><p>From {files}.</p>{pieces}</section>\n"
-        else:
-            notes.append(f"{title}: left out, there is no {files}")
-    notes += [f"{path}: {why}, left out" for path, why in unread.items()]
-    page += "".join(f"<p>{html.escape(note)}</p>\n" for note in notes)
-    (out / "figures").mkdir(parents=True, exist_ok=True)
-    for old in (out / "figures").glob("[0-9][0-9][0-9]_*.png"):  # of a report made before
-        old.unlink()
-    for name, png in pictures.items():
-        (out / f"figures/{name}.png").write_bytes(png)
-    (out / "report.html").write_text(page, encoding="utf-8", errors="replace")
-    overview(out / "report.png")
-    print(f"{len(pictures)} figures in {out}/report.html, an overview in {out}/report.png")
+    try:
+        first, *others = args.folders
+        report(args.folders, args.out or (first.parent if others else first))
+    except (ValueError, OSError) as error:
+        parser.error(error)
 
 if __name__ == "__main__":
     main()

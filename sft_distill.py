@@ -1,39 +1,36 @@
 """SFT on the model's own answers, off-policy self-distillation: Sec. 4 and Table 2 of the paper.
 
-Two sets of correct answers to the same questions, both written by the model itself and both under
-the plain prompt: d_ug, written without help (long, full of doubt), and d_sg, written with a
-solution in the prompt (short, sure). Fine-tuning on the first changes little; on the second it
-costs a third to two thirds of the score, although every answer is right.
+Two sets of correct answers to the same questions, both written by the model itself: d_ug, written
+without help (long, with many epistemic words), and d_sg, written with a solution in the prompt
+(short, with few). Both are trained under the plain prompt. Fine-tuning on the first changes little;
+on the second it costs a third to two thirds of the score, although every answer is right.
 
     M=deepseek-ai/DeepSeek-R1-Distill-Qwen-7B
     for D in d_ug d_sg; do torchrun --nproc_per_node 8 sft_distill.py --model $M \\
         --data runs/conditions/$D.jsonl --run_dir runs/sft/$D; done
     torchrun --nproc_per_node 8 evaluate.py --model $M runs/sft/*/checkpoints/step_75     # Table 2
-    make demo                                               # a small one, on two CPU cores
 
---data takes any JSON Lines file with `prompt` (messages, or the user's text) and `response`. The
-loss is the cross-entropy of the response and the end token after it, a mean over all tokens of a
-batch; prompt and padding never count.
+--data is JSON Lines with `prompt` (messages, or the user's text) and `response` or `completion`, or
+with `messages` that end with the assistant's. The loss is the cross-entropy of the response and the
+end token after it, a mean over all tokens of a batch. The same command again resumes the run.
 
 Neither the paper nor the authors' code says how they trained. Ours is common practice for 800 long
 answers and a 7B model: full fine-tuning, 3 epochs, 32 examples a step (75 steps), AdamW at 1e-5,
 linear warm-up over the first tenth, then a cosine to 0, gradients clipped at 1.
 
 Watch: `loss` starts low, since the model wrote the answers itself (d_ug lower than d_sg: without
-the solution in the prompt a sure answer surprises it), and falls slowly. In evaluate.py's table
-length and epistemic stay where they are on d_ug, and fall on d_sg.
-
-The paper ends with main(). After it: logging, memory, checkpoints; read them when needed.
+the solution in the prompt a short answer is less likely), and falls slowly. In evaluate.py's table
+length and epistemic stay with d_ug, and fall with d_sg.
 """
 import argparse
-import contextlib
+import itertools
 import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -44,54 +41,50 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 import epistemic
 
 # --- arguments -----------------------------------------------------------------------------------
 
-def parse_args(argv=None):
+def number(kind, low, high=math.inf):
+    """A type for argparse: an int or a float from low to high."""
+    def number(text):
+        if not low <= kind(text) <= high:  # refuses nan, too
+            raise argparse.ArgumentTypeError(f"{text} does not lie between {low} and {high}")
+        return kind(text)
+    return number
+
+def make_parser():
     parser = argparse.ArgumentParser(
         description="SFT on the model's own answers (Sec. 4). The paper states no settings.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.error, switch = fail, argparse.BooleanOptionalAction
-    add = parser.add_argument_group("model and data").add_argument
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter, usage=argparse.SUPPRESS)
+    add, switch = parser.add_argument, argparse.BooleanOptionalAction
+    count, share = number(int, 1), number(float, 0, 1)
     add("--model", required=True, help="hub id or Hugging Face folder")
-    add("--data", required=True, help=".jsonl file of prompt and response")
+    add("--data", required=True, help=".jsonl file of prompts and responses")
     add("--enable_thinking", action=switch, default=True, help="for Qwen3's chat template")
-    add("--max_prompt_tokens", type=int, default=2048, help="longer prompts are left out")
-    add("--max_response_tokens", type=int, default=32768, help="longer examples are left out")
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=int, default=3, help="times that each example is seen")
-    add("--batch_size", type=int, default=32, help="examples an update, over all ranks")
-    add("--lr", type=float, default=1e-5, help="learning rate at its peak")
-    add("--warmup_ratio", type=float, default=0.1, help="share of the updates; then cosine to 0")
-    add = parser.add_argument_group("memory").add_argument
-    add("--tokens_per_micro_batch", type=int, default=24576, help="padded; a longer one goes alone")
-    add("--recompute_layers", action=switch, default=True, help="without: faster, more memory")
-    add("--offload_optimizer", action=switch, default=True, help="AdamW's state in CPU memory")
-    add = parser.add_argument_group("run").add_argument
-    add("--run_dir", default="runs/sft", help="a new folder")
-    add("--seed", type=int, default=0, help="of data order")
-    add("--save_every", type=int, default=25, help="updates; also after the last")
-    add("--resume", action="store_true", help="go on from --run_dir's newest checkpoint that loads")
-    add("--wandb", action="store_true", help="the metrics to Weights & Biases, where installed")
-    return with_flags_of_the_run(parser, argv)
-
-def check_args(args):
-    for name, value in vars(args).items():
-        if type(value) is int and value < 1 and name != "seed":
-            fail(f"--{name} {value} must be at least 1")
-    if not 0 <= args.warmup_ratio <= 1:
-        fail(f"--warmup_ratio {args.warmup_ratio} must lie between 0 and 1")
+    add("--max_prompt_tokens", type=count, default=2048, help="longer prompts are dropped")
+    add("--max_response_tokens", type=count, default=32768, help="longer examples are dropped")
+    add("--epochs", type=count, default=3, help="passes over the data")
+    add("--batch_size", type=count, default=32, help="examples per optimizer step, of all ranks")
+    add("--lr", type=share, default=1e-5, help="learning rate at its peak")
+    add("--warmup_ratio", type=share, default=0.1, help="share of the steps; then cosine to 0")
+    add("--tokens_per_micro_batch", type=count, default=24576, help="padding included")
+    add("--recompute_layers", action=switch, default=True, help="without: faster, bigger")
+    add("--run_dir", default="runs/sft", help="a new folder, or a run to resume")
+    add("--seed", type=number(int, 0), default=0, help="of data order")
+    add("--save_every", type=count, default=25, help="steps between checkpoints")
+    add("--wandb", action="store_true", help="metrics to Weights & Biases, too")
+    return parser
 
 # --- data ----------------------------------------------------------------------------------------
 
 def render(tokenizer, messages, enable_thinking):
-    """Token ids of a chat up to where the model speaks (Table 12); the template writes any BOS."""
+    """Token ids of a chat up to where the answer begins (Table 12); the template writes any BOS."""
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
                                          enable_thinking=enable_thinking)
     return tokenizer.encode(text, add_special_tokens=False)
@@ -106,59 +99,73 @@ class Example:
     def tokens(self):
         return len(self.prompt_ids) + len(self.response_ids)
 
-def load_examples(path, tokenizer, args):
-    """[Example] of a .jsonl file with prompt and response; those that are too long left out.
+def messages_and_response(row):
+    """([message], response) of a line; ValueError if it holds none."""
+    if "messages" in row:
+        *messages, last = row["messages"]
+        response = last["content"] if last["role"] == "assistant" else None
+    else:
+        messages, response = row["prompt"], row.get("response", row.get("completion"))
+        messages = [dict(role="user", content=messages)] if isinstance(messages, str) else messages
+    texts = [response, *(m[key] for m in messages for key in ("role", "content"))]
+    if len(texts) < 3 or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError("a text is empty or missing")
+    return messages, response
 
-    The response becomes tokens again and gets the end token that the template puts after it.
+def read_examples(path, tokenizer, args):
+    """[Example] of a .jsonl file; drops those that are too long.
+
+    The response becomes tokens again and gets the end token that the template writes after it.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"--data {path}: cannot be read ({error})")
-    examples = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            prompt, response = row["prompt"], row["response"]
-            messages = [dict(role="user", content=prompt)] if isinstance(prompt, str) else prompt
-            texts = [response, *(m[key] for m in messages for key in ("role", "content"))]
-            if len(texts) < 3 or not all(isinstance(t, str) and t.strip() for t in texts):
-                raise ValueError("empty, or no text")
-            prompt_ids = render(tokenizer, messages, args.enable_thinking)
-        except Exception as error:  # no JSON, no object, no such key, what a template objects to
-            fail(f"--data {path}, line {number}: needs a prompt and a response ({error!r})")
-        response_ids = [*tokenizer.encode(response, add_special_tokens=False),
-                        tokenizer.eos_token_id]
-        examples.append(Example(prompt_ids, response_ids, response))
+    examples, kept = [], []
+    for line, text in enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), 1):
+        if text.strip():
+            try:
+                messages, response = messages_and_response(json.loads(text))
+                prompt_ids = render(tokenizer, messages, args.enable_thinking)
+            except Exception as error:  # not JSON, no such key, or what a template refuses
+                raise ValueError(f"--data {path}, line {line}: needs a prompt and a response "
+                                 f"({error!r})") from None
+            response_ids = tokenizer.encode(response, add_special_tokens=False)
+            examples.append(Example(prompt_ids, [*response_ids, tokenizer.eos_token_id], response))
     kept = [r for r in examples if len(r.prompt_ids) <= args.max_prompt_tokens
             and len(r.response_ids) <= args.max_response_tokens]
+    say(f"{path}: {len(kept):,} of {len(examples):,} examples fit --max_prompt_tokens and "
+        "--max_response_tokens")
     if not kept:
-        fail(f"--data {path}: none of {len(examples)} examples within --max_prompt_tokens "
-             f"{args.max_prompt_tokens} and --max_response_tokens {args.max_response_tokens}")
-    if len(kept) < len(examples):
-        say(f"{path}: {len(examples) - len(kept):,} of {len(examples):,} examples left out")
+        raise ValueError(f"--data {path}: no example fits")
     return kept
+
+def make_batches(examples, args):
+    """The examples of each step: shuffled anew every epoch."""
+    rng, batches = random.Random(args.seed), []
+    for _ in range(args.epochs):
+        order = rng.sample(examples, len(examples))
+        batches += [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)]
+    return batches
 
 # --- loss ----------------------------------------------------------------------------------------
 
-CHUNK = 512  # positions through the LM head at once: 512 x 151,936 float32 logits are 0.3 GB
+CHUNK = 512  # positions at once in the LM head: 512 x 151,936 float32 logits are 0.3 GB
+
+def logprobs_at(hidden, head, ids, temperature):
+    """log p of token ids (C, k) after hidden states (C, D), of the full softmax: (C, k) float32."""
+    logits = head(hidden).float().div_(temperature)  # (C, V)
+    return logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)
 
 def token_logprobs(hidden, head, targets, temperature):
-    """log p(target) at each of N positions, (N,) float32, never holding (N, V).
+    """log p(target) at N positions, (N,) float32; hidden (N, D) predict targets (N,).
 
-    hidden (N, D) holds the states that predict targets (N,). The logits of a chunk live while it
-    is computed, and are made again in backward.
+    (N, V) never exists: `checkpoint` drops a chunk's logits after its forward and computes them
+    again in backward.
     """
-    def chunk(h, y):
-        logits = head(h).float().div_(temperature)  # (C, V)
-        return logits.gather(-1, y[:, None]).squeeze(-1) - logits.logsumexp(-1)
-    parts = zip(hidden.split(CHUNK), targets.split(CHUNK))
-    return torch.cat([checkpoint(chunk, *part, use_reentrant=False) for part in parts])
+    def chunk(hidden, target):
+        return logprobs_at(hidden, head, target[:, None], temperature)[:, 0]
+    chunks = zip(hidden.split(CHUNK), targets.split(CHUNK))
+    return torch.cat([checkpoint(chunk, *parts, use_reentrant=False) for parts in chunks])
 
 def learning_rate(step, steps, args):
-    """Of update 1..steps: linear over the first --warmup_ratio of them, then a cosine to 0."""
+    """Of step 1..steps: linear over the first --warmup_ratio of them, then a cosine to 0."""
     warmup = math.ceil(args.warmup_ratio * steps)
     if step <= warmup:
         return args.lr * step / warmup
@@ -166,407 +173,336 @@ def learning_rate(step, steps, args):
 
 # --- update --------------------------------------------------------------------------------------
 
-def micro_batches(rollouts, token_budget):
-    """Neighbours in length together, as many as fit the budget once padded to the longest."""
-    batches = []
+def my_micro_batches(rollouts, token_budget):
+    """This rank's micro-batches: similar lengths together, as many as fit the budget once padded.
+
+    Every world_size-th, so that all ranks have similar lengths. All need the same number: the last
+    ranks may get a copy with weight 0.
+    """
+    batches, ranks = [], dist.get_world_size()
     for r in sorted(rollouts, key=lambda r: r.tokens()):
         if batches and (len(batches[-1]) + 1) * r.tokens() <= token_budget:
             batches[-1].append(r)
         else:
             batches.append([r])
-    return batches
+    batches += [[replace(batches[0][0], weight=0.0)]] * (-len(batches) % ranks)
+    return batches[dist.get_rank() :: ranks]
 
-def my_micro_batches(rollouts, token_budget):
-    """This rank's micro-batches: every world_size-th, so that all ranks have the same lengths.
-
-    Where the number does not divide, the last ranks get a rollout of weight 0.
-    """
-    batches = micro_batches(rollouts, token_budget)
-    batches += [[replace(batches[0][0], weight=0.0)]] * (-len(batches) % dist.get_world_size())
-    return batches[dist.get_rank() :: dist.get_world_size()]
-
-def response_hidden(model, prompts, responses, device):
+def response_hidden(model, prompts, responses):
     """Last hidden states that predict the response tokens, (N, D), sequence by sequence.
 
-    Padded on the right, and no attention mask: under causal attention no real token sees the
-    padding after it, so that the fast kernel applies.
+    Padded on the right, without an attention mask: causal attention keeps real tokens from seeing
+    the padding after them, and the fast kernel applies.
     """
     sequences = [torch.tensor([*p, *y]) for p, y in zip(prompts, responses)]
-    ids = pad_sequence(sequences, batch_first=True).to(device)  # (B, T)
+    ids = pad_sequence(sequences, batch_first=True).to(model.device)  # (B, T)
     hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
     return torch.cat([h[len(p) - 1 : len(p) + len(y) - 1]  # position t predicts token t + 1
                       for h, p, y in zip(hidden, prompts, responses)])
 
 class Student(torch.nn.Module):
-    """What DDP wraps: backbone and head in one forward, so that its hooks see them all."""
+    """What DDP wraps: backbone and LM head in one forward, so that its hooks see them all."""
 
-    def __init__(self, model, args, device):
+    def __init__(self, model, args):
         super().__init__()
-        self.model, self.args, self.device = model, args, device
+        self.model, self.args = model, args
 
     def forward(self, micro_batch):
         """Log-probabilities of a micro-batch's response tokens, (N,)."""
-        prompts, responses = zip(*((r.prompt_ids, r.response_ids) for r in micro_batch))
-        targets = torch.tensor([t for y in responses for t in y], device=self.device)
-        hidden = response_hidden(self.model, prompts, responses, self.device)
-        return token_logprobs(hidden, self.model.get_output_embeddings(), targets, 1.0)
+        responses = [r.response_ids for r in micro_batch]
+        hidden = response_hidden(self.model, [r.prompt_ids for r in micro_batch], responses)
+        targets = torch.tensor([t for y in responses for t in y], device=hidden.device)
+        head = self.model.get_output_embeddings()
+        return token_logprobs(hidden, head, targets, temperature=1.0)
 
-ROUND = 32  # micro-batches whose gradients are added up before an all-reduce: see MasterAdamW.fold
+# Micro-batches between two all-reduces. bfloat16 has 8 bits: the gradients of 683 micro-batches
+# added one by one came out 18% wrong, in rounds of 32 0.7% (benchmarks/README.md).
+ROUND = 32
 
-def backward(ddp, optimizer, micros):
-    """Leaves the mini-batch's gradient, over all ranks, in the optimizer; returns its loss.
+DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32  # weights and gradients
 
-    `micros` are this rank's micro-batches.
-    """
-    total = 0.0
-    for i, micro_batch in enumerate(micros, 1):
-        weight = torch.tensor([r.weight for r in micro_batch for _ in r.response_ids],
-                              device=ddp.module.device)
-        last = i % ROUND == 0 or i == len(micros)
-        with contextlib.nullcontext() if last else ddp.no_sync():
-            loss = -(ddp(micro_batch) * weight).sum()
-            (loss * dist.get_world_size()).backward()  # DDP takes the mean of what is a sum
-        if last:
-            optimizer.fold()
-        total += loss.item()
-    return sum(exchange([total]))
-
-def update(ddp, optimizer, minibatch, lr):
-    """One optimizer step; returns the metrics. Every rank holds the whole mini-batch."""
-    tokens = sum(len(r.response_ids) for r in minibatch)
-    for r in minibatch:
+def update(ddp, optimizer, batch, lr):
+    """One optimizer step; returns the metrics. Every rank holds the whole batch."""
+    device, tokens = ddp.module.model.device, sum(len(r.response_ids) for r in batch)
+    for r in batch:
         r.weight = 1 / tokens
-    optimizer.zero_grad()
-    micros = my_micro_batches(minibatch, ddp.module.args.tokens_per_micro_batch)
-    loss = backward(ddp, optimizer, micros)
+    micros = my_micro_batches(batch, ddp.module.args.tokens_per_micro_batch)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    bar = progress(total=len(micros), desc="update", unit="micro-batch")
+    for i, micro_batch in enumerate(micros, 1):
+        weight = torch.tensor([r.weight for r in micro_batch for _ in r.response_ids]).to(device)
+        ddp.require_backward_grad_sync = i % ROUND == 0 or i == len(micros)
+        loss = -(ddp(micro_batch) * weight).sum()
+        (loss * dist.get_world_size()).backward()  # DDP takes the mean over ranks, not the sum
+        if ddp.require_backward_grad_sync:
+            optimizer.add_gradients()
+        total += loss.detach()
+        bar.update()
+    bar.close()
+    dist.all_reduce(total)
     norm = optimizer.step(lr, max_norm=1.0)
-    return dict(loss=loss, grad_norm=norm, updates=int(math.isfinite(norm)),
-                skipped=int(not math.isfinite(norm)), trained_tokens=tokens)
+    unused, memory = torch.cuda.mem_get_info() if device.type == "cuda" else (
+        0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    return dict(loss=total.item(), grad_norm=norm, updates=int(math.isfinite(norm)), lr=lr,
+                skipped=int(not math.isfinite(norm)), trained_tokens=tokens,
+                peak_memory_gb=(memory - unused) / 1e9)
 
 # --- run -----------------------------------------------------------------------------------------
 
 def main():
-    args = parse_args()
-    check_args(args)
-    tokenizer, _ = load_tokenizer(args.model, args.max_prompt_tokens + args.max_response_tokens)
-    examples = load_examples(args.data, tokenizer, args)
-    rng, batches = random.Random(args.seed), []
-    for _ in range(args.epochs):
-        order = rng.sample(examples, len(examples))
-        batches += [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)]
+    parser = make_parser()
+    args = parser.parse_args()
+    try:  # bad input ends with one line and exit code 2, before a model is loaded
+        path, tokenizer = load_tokenizer(
+            args.model, args.max_prompt_tokens + args.max_response_tokens)
+        examples = read_examples(args.data, tokenizer, args)
+        batches = make_batches(examples, args)
+        args.steps = len(batches)
+        begin_run(args)
+    except Exception as error:  # what transformers and Jinja raise has no common class
+        parser.error(" ".join(str(error).split()))
+    if args.steps in resumable(args.run_dir):
+        return say(f"{args.run_dir} has finished its {args.steps} steps")
     device = start_process_group()
-    begin_run(args)
     say(f"{args.model} loads")
-    model = load_model(args.model, device)
-    compile_layers([model], device)
+    model = load_model(path, device)
+    compile_layers(model)
     if args.recompute_layers:
         model.train().gradient_checkpointing_enable(dict(use_reentrant=False))
-    optimizer = MasterAdamW(model.named_parameters(), "cpu" if args.offload_optimizer else device,
-                            lr=args.lr, weight_decay=0.01)
-    ddp = DistributedDataParallel(Student(model, args, device), gradient_as_bucket_view=True,
-                                  broadcast_buffers=False)
-    state = optimizer.tensors()
-    done = load_checkpoint(args.run_dir, state)
-    optimizer.write_weights()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, remember_signal)
-    say(f"{len(examples):,} examples, {len(batches)} updates; results in {args.run_dir}")
+    optimizer = MasterAdamW(model, lr=args.lr, weight_decay=0.01)
+    done = load_checkpoint(args.run_dir, optimizer.tensors())  # steps
+    write_weights(optimizer.masters, model)
+    ddp = with_gradients(Student(model, args))
     for step, batch in enumerate(batches[done:], done + 1):
-        start, lr = time.time(), learning_rate(step, len(batches), args)
-        metrics = update(ddp, optimizer, batch, lr)
-        if dist.get_rank() == 0:
-            log(args, step, batch, dict(metrics, lr=lr), time.time() - start)
-        asked = any(exchange([stop["asked"]]))  # a signal has reached some rank: all hear the same
-        if asked or step % args.save_every == 0 or step == len(batches):
-            save_checkpoint(model, tokenizer, step, state, args.run_dir)
-        if asked and step < len(batches):
-            say(f"stopped after step {step}: the same command with --resume goes on")
-            break
+        start = time.time()
+        metrics = update(ddp, optimizer, batch, learning_rate(step, args.steps, args))
+        log(args, step, batch, metrics, time.time() - start)
+        if step % args.save_every == 0 or step == args.steps:
+            save_checkpoint(model, tokenizer, step, optimizer.tensors(), args.run_dir)
+    say(f"results are in {args.run_dir}")
     del ddp  # freed after the group is gone, it can hang (gloo, torch 2.13)
     dist.destroy_process_group()
 
-# --- logging (from here on nothing of the paper: what a long run needs) --------------------------
+# --- logging (from here on nothing of the paper) -------------------------------------------------
 
 def log(args, step, batch, metrics, seconds):
-    """A line of metrics.jsonl and one on the screen; length and epistemic are the examples'.
-
-    peak_memory_gb: the most that torch has taken so far.
-    """
-    memory = (torch.cuda.max_memory_reserved() if torch.cuda.is_available() else
-              resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    """A line of metrics.jsonl and one on the screen; length and epistemic are the examples'."""
+    if dist.get_rank():
+        return
     m = dict(step=step, length=metrics["trained_tokens"] / len(batch),
-             epistemic=sum(epistemic.count(e.text) for e in batch) / len(batch), **metrics,
-             seconds=dict(update=seconds), peak_memory_gb=memory / 1e9,
-             tokens_per_second=metrics["trained_tokens"] / seconds)
-    with open(Path(args.run_dir) / "metrics.jsonl", "a") as f:
-        f.write(json.dumps(m) + "\n")
+             epistemic=sum(epistemic.count(r.text) for r in batch) / len(batch), **metrics,
+             seconds=dict(update=seconds), tokens_per_second=metrics["trained_tokens"] / seconds)
+    with open(Path(args.run_dir, "metrics.jsonl"), "a") as file:
+        file.write(json.dumps(m) + "\n")
     if args.wandb:
         import wandb
         wandb.log(m, step=step)
-    result = "  gradient not finite: update skipped" if m["skipped"] else ""
-    say(f"step {step:3d}  loss {m['loss']:.3f}{result}  | update {seconds:.1f} s | "
-        f"{m['tokens_per_second']:,.0f} tok/s")
+    result = f"loss {m['loss']:.3f}" if m["updates"] else "skipped: gradient not finite"
+    say(f"step {step}/{args.steps}  {result}  {m['tokens_per_second']:,.0f} tokens/s  "
+        f"{timedelta(seconds=round((args.steps - step) * seconds))} left")
+
+class progress(tqdm):
+    """A bar that leaves no line on a terminal; elsewhere it writes once a minute at most."""
+
+    def __init__(self, *args, **kwargs):
+        wait = 0.1 if sys.stderr.isatty() else 60
+        super().__init__(*args, **kwargs, leave=False, mininterval=wait, maxinterval=wait,
+                         delay=wait, disable=dist.get_rank() != 0)
+
+    def refresh(self, *args, **kwargs):  # vLLM calls it at the end, whatever the delay
+        if time.time() > self.start_t + self.delay:
+            super().refresh(*args, **kwargs)
+
+def say(message):
+    """A line on the screen, from the first rank only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, flush=True)
 
 # --- memory --------------------------------------------------------------------------------------
 
-DTYPE = dict(cpu=torch.float32, cuda=torch.bfloat16)  # of weights, gradients, vLLM
+def load_model(path, device):
+    from transformers import AutoModelForCausalLM, logging as transformers_logging
+    transformers_logging.disable_progress_bar()
+    model, found = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPE, output_loading_info=True)
+    if found["missing_keys"]:  # transformers only warns, and draws them at random
+        sys.exit(f"error: weights are missing in {path}: {sorted(found['missing_keys'])[:3]} ...")
+    return model.to(device)
 
-def load_model(name, device):
-    from transformers import AutoModelForCausalLM
-    return AutoModelForCausalLM.from_pretrained(name, dtype=DTYPE[device.type]).to(device)
-
-def compile_layers(models, device):
-    """On a GPU: an update takes 1.3 to 1.55 times less."""
-    if device.type == "cuda":
-        say("the first update compiles the layers, 1 to 2 min")
-        # one code for all layers: student's and teacher's are eight graphs, and eight are the limit
-        torch._dynamo.config.recompile_limit = 64
-        for layer in (layer for model in models for layer in model.get_decoder().layers):
+def compile_layers(*models):
+    """On a GPU an update takes 1.3 to 1.55 times less time; small ones like the toy gain none."""
+    if models[0].device.type == "cuda" and models[0].num_parameters() > 1e8:
+        say("the first update compiles the layers: minutes")
+        torch._dynamo.config.recompile_limit = 64  # one code object for all layers, 8 graphs of it
+        torch._dynamo.config.optimize_ddp = False  # else DDP cuts the graphs up: 11 instead of 7
+        for layer in itertools.chain(*(model.get_decoder().layers for model in models)):
             layer.compile(dynamic=True)
 
-class MasterAdamW(torch.optim.AdamW):
-    """AdamW of bfloat16 weights by way of float32 masters; every tensor has one rank as its owner.
+def with_gradients(student):
+    """DDP of the student, with gradients of 0 that are views of its buckets."""
+    for p in student.parameters():
+        p.grad = torch.zeros_like(p)  # else micro-batches add up in memory beside the buckets
+    return DistributedDataParallel(student, gradient_as_bucket_view=True, init_sync=False,
+                                   forward_sync_buffers=False)
 
-    A step of 1e-6 is a hundredth of bfloat16's spacing at a weight of 0.02: by itself such a weight
-    never moves. Its master does, and the weight is the master's rounding. Bytes a parameter: on
-    every GPU 2 of weight and 2 of gradient; at the owner, on its GPU or in CPU memory, 4 of master,
-    8 of moments and 2 of gradient (ZeRO stage 1). Qwen3-8B: 33 GB on every GPU and 115 GB in all.
+@torch.no_grad()
+def write_weights(owned, model):
+    """Every rank's float32 tensors, {name: tensor} of each world_size-th weight, into the model."""
+    rank, ranks, weights = dist.get_rank(), dist.get_world_size(), list(model.parameters())
+    for weight, tensor in zip(weights[rank::ranks], owned.values()):
+        weight.copy_(tensor)
+    for i, weight in enumerate(weights):
+        dist.broadcast(weight.detach(), i % ranks)
+
+class MasterAdamW:
+    """AdamW on float32 copies (masters) of bfloat16 weights; tensor i belongs to rank i % ranks.
+
+    A step of 1e-6 is a hundredth of bfloat16's spacing at a weight of 0.02: such a weight would
+    never move. Its master does, and the weight is the rounded master. Bytes a parameter: on every
+    GPU 2 of weight and 2 of gradient; in CPU memory, divided among the ranks (ZeRO stage 1), 4 of
+    master, 8 of moments, 2 for the sum of gradients. Qwen3-8B: 33 GB and 115 GB.
     """
 
-    def __init__(self, named_weights, device, **settings):
-        names, self.weights = zip(*named_weights)
-        load, self.owner = [0] * dist.get_world_size(), {}
-        for i in sorted(range(len(names)), key=lambda i: -self.weights[i].numel()):
-            self.owner[i] = load.index(min(load))
-            load[self.owner[i]] += self.weights[i].numel()
-        owned = [i for i in range(len(names)) if self.owner[i] == dist.get_rank()]
-        self.names, self.owned = [names[i] for i in owned], [self.weights[i] for i in owned]
-        masters = [w.detach().to(device, torch.float32, copy=True) for w in self.owned]
-        self.sums = [torch.zeros_like(w, device=device) for w in self.owned]
-        super().__init__(masters, fused=True, **settings)
-        for m in masters:  # as AdamW would in its first step; a checkpoint loads into them
-            self.state[m] = dict(step=torch.zeros((), device=m.device),
-                                 exp_avg=torch.zeros_like(m), exp_avg_sq=torch.zeros_like(m))
-        # one tensor's: in float32, and, pinned, between GPU and CPU
-        size, dtype = max(m.numel() for m in masters), self.weights[0].dtype
-        self.gradient = torch.empty(size, device=device)
-        self.staging = torch.empty(size, dtype=dtype, device=device, pin_memory=(
-            self.weights[0].is_cuda and not masters[0].is_cuda))
-        # Gradients are there before DDP, which makes them views of its buckets, and stay. Set to
-        # None, what no_sync adds up would lie beside the buckets, Qwen3-8B's in 16 GB.
-        for w in self.weights:
-            w.grad = torch.zeros_like(w)
-        self.freed = []
+    def __init__(self, model, **settings):
+        self.model, named = model, list(model.named_parameters())
+        self.mine = dict(named[dist.get_rank() :: dist.get_world_size()])
+        self.sums = [torch.zeros_like(w, device="cpu") for w in self.mine.values()]
+        self.masters = {name: w.detach().to("cpu", torch.float32, copy=True)
+                        for name, w in self.mine.items()}
+        self.adamw = torch.optim.AdamW(self.masters.values(), fused=True, **settings)
+        for m in self.masters.values():  # as AdamW does in its first step: checkpoints load into it
+            self.adamw.state[m] = dict(step=torch.zeros(()), exp_avg=torch.zeros_like(m),
+                                       exp_avg_sq=torch.zeros_like(m))
 
     def tensors(self):
-        """{name: tensor} of what this rank alone holds, for a checkpoint."""
-        return {f"{name}.{key}": tensor
-                for name, m in zip(self.names, self.param_groups[0]["params"], strict=True)
-                for key, tensor in dict(self.state[m], master=m.detach()).items()}
-
-    def free_gradients(self):
-        """For vLLM's KV cache: DDP's buckets, whose views they are, lose their bytes."""
-        for storage in (w.grad.untyped_storage() for w in self.weights):
-            if storage.nbytes():
-                self.freed.append((storage, storage.nbytes()))
-                storage.resize_(0)
-
-    def zero_grad(self):
-        """Gradients and sums of 0; what free_gradients gave away comes back."""
-        while self.freed:
-            storage, size = self.freed.pop()
-            storage.resize_(size)
-        torch._foreach_zero_([*self.sums, *(w.grad for w in self.weights)])
+        """{name: tensor} of what this rank holds, for a checkpoint."""
+        return {f"{name}.{key}": tensor for name, m in self.masters.items()
+                for key, tensor in dict(self.adamw.state[m], master=m).items()}
 
     @torch.no_grad()
-    def fold(self):
-        """Ends a round of micro-batches: their gradient goes from the weights to their owners.
-
-        A sum of sums, because bfloat16 has 8 bits: a term below a 512th of what is there adds
-        nothing. 683 added one by one came out 18% off, in rounds of 32 0.7% (benchmarks/NOTES.md).
-        """
-        for weight, total in zip(self.owned, self.sums):
-            total += self.staging[: weight.numel()].view_as(weight).copy_(weight.grad)
-        torch._foreach_zero_([w.grad for w in self.weights])
+    def add_gradients(self):
+        """Adds the weights' gradients to their owners' sums, and sets them to 0."""
+        for weight, total in zip(self.mine.values(), self.sums):
+            total += weight.grad.to("cpu")
+        torch._foreach_zero_([w.grad for w in self.model.parameters()])
 
     @torch.no_grad()
     def step(self, lr, max_norm):
-        """Clips the gradient and steps, unless it is infinite or undefined; returns its norm.
-
-        Tensor by tensor: the gradient is never whole in float32. Its norm in pieces: on CPU the
-        norm of 3e8 float32 in one comes out 4% low (benchmarks/NOTES.md).
-        """
+        """Clips the gradient and steps, unless it is not finite; returns its norm."""
+        # in pieces: on CPU the norm of 3e8 float32 in one comes out 4% low (benchmarks/README.md)
         pieces = [piece for total in self.sums for piece in total.flatten().split(2**18)]
         square = torch.stack(torch._foreach_norm(pieces, dtype=torch.float32)).square().sum()
         dist.all_reduce(square)
         norm = square.sqrt().item()
-        self.param_groups[0]["lr"] = lr
-        for total, master in zip(self.sums, self.param_groups[0]["params"]):
-            if math.isfinite(norm):
-                master.grad = self.gradient[: total.numel()].view_as(total).copy_(total)
-                master.grad *= min(1.0, max_norm / (norm + 1e-6))
-                super().step()
+        self.adamw.param_groups[0]["lr"] = lr
+        for master, total in zip(self.masters.values(), self.sums):
+            if math.isfinite(norm):  # tensor by tensor: the gradient is never whole in float32
+                master.grad = total.float() * min(1.0, max_norm / (norm + 1e-6))
+                self.adamw.step()
                 master.grad = None
-        self.write_weights()
+            total.zero_()
+        write_weights(self.masters, self.model)
         return norm
 
-    @torch.no_grad()
-    def write_weights(self):
-        """The masters' rounding into the weights, on every rank."""
-        for weight, master in zip(self.owned, self.param_groups[0]["params"]):
-            weight.copy_(self.staging[: weight.numel()].view_as(weight).copy_(master))
-        for i, weight in enumerate(self.weights):
-            dist.broadcast(weight.detach(), self.owner[i])
+# --- files ---------------------------------------------------------------------------------------
 
-# --- checkpoints ---------------------------------------------------------------------------------
-
-def with_flags_of_the_run(parser, argv):
-    """The flags. Those of a resumed run come from its config.json, unless given differently."""
-    args = parser.parse_args(argv)
-    config = Path(args.run_dir) / "config.json"
-    if args.resume and config.exists():
-        began = json.loads(config.read_text())
-        parser.set_defaults(**{name: began[name] for name in vars(args) if name in began})
-        args = parser.parse_args(argv)
-        for name, value in vars(args).items():
-            if name != "resume" and began.get(name, value) != value:
-                say(f"--{name} {value}: the run began with {began[name]}")
-    return args
+def load_tokenizer(name, positions):
+    """(folder, tokenizer) of a model. A hub id is resolved here, once: its branch may move."""
+    from huggingface_hub import snapshot_download
+    from transformers import AutoConfig, AutoTokenizer
+    path = name if Path(name).is_dir() else snapshot_download(name)
+    config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    if tokenizer.chat_template is None:
+        raise ValueError(f"--model {name}: its tokenizer has no chat template")
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(f"--model {name}: its tokenizer has {len(tokenizer):,} tokens, the model "
+                         f"only {config.vocab_size:,}")
+    if positions > config.max_position_embeddings:
+        raise ValueError(f"--max_prompt_tokens and --max_response_tokens: {positions:,} together, "
+                         f"but {name} has {config.max_position_embeddings:,} positions")
+    return path, tokenizer
 
 def begin_run(args):
-    """A new run's new folder, with its config.json: every flag, versions, commit."""
+    """Writes config.json. ValueError if the run began with other flags; only --steps may grow."""
     import transformers
-    transformers.logging.disable_progress_bar()
-    run_dir = Path(args.run_dir)
-    if dist.get_rank() == 0:
-        if not args.resume and run_dir.exists() and (run_dir.is_file() or any(run_dir.iterdir())):
-            fail(f"--run_dir {run_dir} already holds results: name another folder, remove it, or "
-                 f"go on with --resume")
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
-                                capture_output=True, text=True).stdout.strip()
-        versions = dict(torch=torch.__version__, transformers=transformers.__version__)
-        if args.wandb:
-            try:
-                import wandb
-                wandb.init(name=args.run_dir, config=vars(args))
-            except Exception as error:  # not installed, not logged in: no common class
-                fail(f"--wandb: {reason(error)}")
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            write_lines(run_dir / "config.json", [dict(
-                vars(args), script=Path(__file__).name, commit=commit, versions=versions,
-                world_size=dist.get_world_size())])
-        except OSError as error:
-            fail(f"--run_dir {run_dir}: {error}")
-    dist.barrier()
+    path = Path(args.run_dir, "config.json")
+    if os.environ.get("RANK", "0") != "0":
+        return
+    began = json.loads(path.read_text()) if resumable(args.run_dir) else vars(args)
+    changed = [f"--{name} was {began.get(name)}" for name, value in vars(args).items()
+               if began.get(name) != value and (name != "steps" or value < began["steps"])]
+    if changed:
+        raise ValueError(f"--run_dir {args.run_dir} began with other flags: {', '.join(changed)}; "
+                         "repeat them, or name a new folder")
+    if not path.exists() and path.parent.exists() and any(path.parent.iterdir()):
+        raise ValueError(f"--run_dir {args.run_dir} holds something else: name a new folder")
+    commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
+    versions = dict(torch=torch.__version__, transformers=transformers.__version__)
+    write_lines(path, [dict(vars(args), script=Path(sys.argv[0]).name, commit=commit,
+                            versions=versions, world_size=int(os.environ.get("WORLD_SIZE", 1)))])
+    if args.wandb:  # its own WANDB_PROJECT, WANDB_NAME, ... apply
+        import wandb
+        wandb.init(id=re.sub(r"\W", "-", args.run_dir), resume="allow", config=vars(args))
 
 def write_lines(path, rows):
-    """JSON Lines, written aside and renamed, so that a reader never finds half a file."""
-    path.parent.mkdir(exist_ok=True)  # of a run whose folder is gone, nothing is begun anew
+    """JSON Lines, written aside and renamed: a reader never finds half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".part")
     aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
     aside.rename(path)
 
 def save_checkpoint(model, tokenizer, step, state, run_dir):
-    """A Hugging Face folder with the trainer's state in it, whole or not there at all.
+    """A Hugging Face folder with the trainer's state in it, renamed when it is whole.
 
-    The weights of every checkpoint stay, for evaluate.py; of the state, seven times as large, two.
+    The weights of all checkpoints stay, for evaluate.py; of the state, 7 times as large, two.
     """
-    folder = Path(run_dir) / f"checkpoints/step_{step}"
+    folder = Path(run_dir, f"checkpoints/step_{step}")
     aside = folder.with_name(folder.name + ".part")
     if dist.get_rank() == 0:
-        shutil.rmtree(aside, ignore_errors=True)  # of a killed run
+        shutil.rmtree(aside, ignore_errors=True)  # left by a killed run
         model.save_pretrained(aside, max_shard_size="4GB")  # a shard goes through CPU memory
         tokenizer.save_pretrained(aside)
-        shutil.copy(folder.parents[1] / "metrics.jsonl", aside)
     dist.barrier()
     dcp.save(state, checkpoint_id=aside / "trainer_state")
     if dist.get_rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)  # one that did not load
         aside.rename(folder)
-        for old in resumable(run_dir)[2:]:
-            shutil.rmtree(old / "trainer_state")
+        for old in resumable(run_dir)[:-2]:
+            shutil.rmtree(Path(run_dir, f"checkpoints/step_{old}/trainer_state"))
 
 def resumable(run_dir):
-    """The checkpoints that hold the trainer's state, newest first."""
-    found = [p.parents[1] for p in Path(run_dir).glob("checkpoints/step_*/trainer_state/.metadata")]
-    return sorted((p for p in found if p.suffix != ".part"), key=lambda p: -int(p.name[5:]))
+    """The steps whose checkpoints hold the trainer's state, in order."""
+    found = Path(run_dir).glob("checkpoints/step_*[0-9]/trainer_state/.metadata")
+    return sorted(int(path.parents[1].name[5:]) for path in found)
 
 def load_checkpoint(run_dir, state):
-    """Fills the tensors of `state` from the newest checkpoint that loads; its step, 0 for none.
+    """Fills the tensors of `state` from the newest checkpoint; returns its step, 0 without one.
 
-    Whatever the number of ranks that wrote it: torch finds each tensor by its name. No random
-    numbers are kept: all are drawn from (seed, step, row), and the data order from (seed, step).
+    No random state is kept: every number is drawn from (seed, step, row).
     """
-    metrics, folders = Path(run_dir) / "metrics.jsonl", exchange([resumable(run_dir)])[0]
-    for folder in folders:
+    done = exchange([max(resumable(run_dir), default=0)])[0]
+    folder, metrics = Path(run_dir, f"checkpoints/step_{done}"), Path(run_dir, "metrics.jsonl")
+    if done:
+        say(f"{run_dir} resumes after step {done}")
         try:
             dcp.load(state, checkpoint_id=folder / "trainer_state")
-        except dcp.api.CheckpointException as error:
-            say(f"{folder} does not load ({reason(error)}): the one before it is used")
-            continue
-        if dist.get_rank() == 0:
-            shutil.copy(folder / metrics.name, metrics)  # what came after it comes again
-        say(f"{run_dir}: goes on after {folder.name}")
-        return int(folder.name[5:])
-    if folders:
-        sys.exit(f"error: no checkpoint in {run_dir} loads: begin anew in another folder")
-    metrics.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
-    return 0
-
-def reason(error):
-    """What went wrong in reading or writing, as one line."""
-    if isinstance(error, dcp.api.CheckpointException):  # {rank: (its error, traceback)}
-        error = next(iter(error.failures.values()))[0]
-    return " ".join(f"{error!r}".split())[:300]
+        except dcp.api.CheckpointException:
+            sys.exit(f"error: {folder} does not load: remove it, and the same command resumes from "
+                     "the one before")
+    if dist.get_rank() == 0 and metrics.exists():  # steps after the checkpoint come again
+        write_lines(metrics, map(json.loads, metrics.read_text().splitlines()[:done]))
+    return done
 
 # --- processes -----------------------------------------------------------------------------------
 
-def say(message):
-    """A line on the screen, from the first rank alone."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(message, flush=True)
-
-def fail(message):
-    """Bad input: one line and exit code 2. From the first rank at once, and torchrun ends the
-    others; where only another rank fails, it is heard two seconds later."""
-    if int(os.environ.get("RANK", 0)):
-        time.sleep(2)
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-def load_tokenizer(model, longest):
-    """(tokenizer, config) of a model: what can be wrong with it shows before any weights load."""
-    from transformers import AutoConfig, AutoTokenizer
-    try:
-        config = AutoConfig.from_pretrained(model)
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except Exception as error:  # missing, or a config.json that contradicts itself: no common class
-        fail(f"--model {model}: no model folder, and no model on the hub "
-             f"({str(error).strip().splitlines()[0]})")
-    if tokenizer.chat_template is None:
-        fail(f"--model {model}: its tokenizer has no chat template")
-    if len(tokenizer) > config.vocab_size:
-        fail(f"--model {model}: the tokenizer has {len(tokenizer):,} tokens and the model "
-             f"{config.vocab_size:,}: they do not belong together")
-    if longest > config.max_position_embeddings:
-        fail(f"--max_prompt_tokens and --max_response_tokens: together {longest:,}, more than the "
-             f"{config.max_position_embeddings:,} positions of {model}")
-    return tokenizer, config
-
 def start_process_group():
-    """torchrun's group, or under plain python one of a single process; returns its device."""
+    """torchrun's group, or under plain python a group of one; returns this rank's device."""
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
     for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1).items():
-        os.environ.setdefault(name, str(value))
+        os.environ.setdefault(name, str(value))  # vLLM reads them
     backend, device = "gloo", torch.device("cpu")
     if torch.cuda.is_available():
         backend, device = "cpu:gloo,cuda:nccl", torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-        # AdamW in CPU memory wants its share of the cores, of which torchrun leaves it one
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
-    # a rank may wait for another's rollouts of 20,000 tokens longer than the usual half hour
+    # a rank may wait longer than the usual half hour for another's rollouts of 20,000 tokens
     dist.init_process_group(backend, timeout=timedelta(hours=6), **alone)
     return device
 
@@ -576,14 +512,5 @@ def exchange(items):
     dist.all_gather_object(lists, items)
     return [item for part in lists for item in part]
 
-stop = dict(asked=False)  # whether SIGTERM or Ctrl-C has come
-
-def remember_signal(*_):
-    """The update or evaluation that runs comes to its end."""
-    stop["asked"] = True
-
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, SafetensorError, dcp.api.CheckpointException) as error:  # a full disk, mostly
-        sys.exit(f"error: {reason(error)}; checkpoints are whole: --resume goes on from the newest")
+    main()

@@ -1,13 +1,13 @@
-"""Kills a run with SIGKILL again and again, resumes it each time, and compares the end with that of
-a run that nobody touched: the same metrics (all but times and memory) and the same weights, byte
-for byte.
+"""Kills a run with SIGKILL again and again, each time repeats its command, and compares the end
+with that of a run that nobody touched: the same metrics (all but times and memory) and the same
+weights, byte for byte.
 
     python tests/kill.py                      # sdpo.py, 20 kills, 1 rank and 2 ranks
     python tests/kill.py --script grpo.py --kills 6 --ranks 2
 
-A kill's moment is drawn: a phase of the step (sampling, grading, update, weight sync, saving) and a
-time from its beginning. What is printed is the phase that the trainer itself had noted when it
-died.
+A kill's moment is drawn: a phase of the step (sampling with its grading, update, weight sync,
+saving) and a time from its beginning. What is printed is the phase that the trainer itself had
+noted when it died.
 """
 import argparse
 import collections
@@ -26,9 +26,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PHASES = {  # the function that is the phase, and its length on the toy, seconds (0: too short)
+PHASES = {  # the function that is the phase, and its length on the toy, seconds
     "saving": ("save_checkpoint", 0.1),
-    "grading": ("grade", 0),
     "update": ("update", 0.3),
     "weight sync": ("sync_weights", 0.01),
     "sampling": ("generate", 0.6),
@@ -63,8 +62,6 @@ def trainer():
                 members = sorted(family(job), key=lambda pid: pid == os.getpid())
                 timer = threading.Timer(float(delay), kill, [members])
                 timer.start()
-                if not float(delay):
-                    timer.join()
             try:
                 return function(*args, **kwargs)
             finally:
@@ -74,8 +71,7 @@ def trainer():
         name = PHASES[phase][0]
         setattr(module, name, noted(phase, getattr(module, name)))
     if os.environ.get("MASTERS"):  # the weights of a GPU, on CPU, and a round a micro-batch
-        module.DTYPE, module.ROUND = dict(cpu=module.torch.bfloat16), 1
-        module.check_engine = lambda *_: None  # its limit on CPU is that of float32
+        module.DTYPE, module.MISMATCH_LIMIT, module.ROUND = module.torch.bfloat16, 0.1, 1
     sys.argv = [script, *argv]
     module.main()
 
@@ -141,7 +137,7 @@ def killed_run(folder, script, ranks, kills, steps, argv, masters, rng):
                          if p.suffix != ".part"], default=0)
             number = min(rng.choice([1, 1, 2]), steps - saved)
             plan = f"{wanted[-1]},{number},{rng.random() * PHASES[wanted[-1]][1]}"
-        job = start(script, ranks, note, [*argv, "--resume"], masters, plan)
+        job = start(script, ranks, note, argv, masters, plan)
         if job.wait() == 0:
             return hit
         if job.returncode != -signal.SIGKILL:
@@ -162,7 +158,7 @@ def arguments(script, steps, folder):
         return [*argv, "--data", folder / "d.jsonl", "--batch_size", 4, "--epochs", 1]
     few = folder / "few.jsonl"
     few.write_text("".join((ROOT / "toy/data/in.jsonl").read_text().splitlines(True)[:4]))
-    return [*argv, "--data", "toy/data/train.jsonl", "--eval_data", few, "--eval_every", 4,
+    return [*argv, "--data", "toy/data/train.jsonl", "--eval_data", few,
             "--questions_per_step", 4, "--rollouts", 4, "--minibatch_questions", 2,
             "--warmup_steps", 2, "--steps", steps,
             *(["--ema", 0.05] if script == "sdpo.py" else [])]

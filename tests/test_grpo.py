@@ -1,18 +1,18 @@
 """grpo.py: advantages, loss, batches, questions, against brute force. No vLLM, only the toy."""
 import collections
 import itertools
-import json
 import math
 import random
 from argparse import Namespace
+from types import SimpleNamespace
+from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 
 import grpo
-from common import (
-    CPU, ROOT, assert_same_gradient, learner, lines, on_ranks, refusal_of_main, toy)
+from common import (ROOT, assert_same_gradient, gradients_of, learner, lines, on_ranks,
+                    refusal_of_main, toy)
 
 
 def ppo(now, before, advantage):
@@ -68,9 +68,9 @@ def test_advantages_are_the_distance_from_the_groups_mean():
     assert all(grpo.group_advantages([r] * n) == [0] * n for r in (0.0, 1.0) for n in (1, 3, 7, 8))
 
 
-def rollout(row=0, advantage=0.0, prompt=(1, 2), response=(3,), logprobs=None):
-    logprobs = np.full(len(response), -1.0, np.float32) if logprobs is None else logprobs
-    return grpo.Rollout(row, list(prompt), list(response), logprobs, "", True, advantage=advantage)
+def rollout(row=0, advantage=0.0, prompt=(1, 2), response=(3,)):
+    return grpo.Rollout(row, list(prompt), list(response), [-1.0] * len(response), "", True,
+                        reward=float(advantage > 0), advantage=advantage)
 
 
 def test_loss_weights_count_sequences_without_signal():
@@ -99,13 +99,17 @@ def test_chunked_equals_naive_in_value_and_gradient(monkeypatch, temperature):
 # --------------------------------------------------------------- the whole loss, on 1 and 2 ranks
 
 
-CASES = [  # whether the weights have moved since the step's start, rollouts with signal
+CASES = [  # whether the weights have moved since the step's start, rollouts with an advantage
     (False, 21), (True, 21), (True, 1)]  # of one alone the second rank has but a filler
-ARGS = Namespace(temperature=0.7, clip_low=0.2, clip_high=0.28, tokens_per_micro_batch=200)
+
+
+def flags(questions, minibatch):
+    return Namespace(temperature=0.7, clip_low=0.2, clip_high=0.28, tokens_per_micro_batch=200,
+                     questions_per_step=questions, minibatch_questions=minibatch)
 
 
 def make_batch(case):
-    """The mini-batch of one of CASES, weighted: the same in every process."""
+    """The mini-batch of one of CASES: the same in every process."""
     moved, signals = CASES[case]
     rng = random.Random(case)
 
@@ -117,27 +121,24 @@ def make_batch(case):
     batch = [rollout(i, rng.choice([-0.875, -0.5, 0.5, 0.875]) if i < signals else 0.0,
                      draw(rng.randint(2, 9)), draw(rng.randint(20, 60)))
              for i in range(signals + 4)]
-    grpo.set_loss_weights(batch)
-    grpo.remember_logprobs(grpo.Student(toy(), ARGS, CPU), [[r] for r in batch])
-    for r in batch:
-        if moved:  # far enough for both clips, and for the dual one
-            r.old_logprobs = shake(r.old_logprobs, 1.5)
-        # far enough for the importance weight's cut
-        r.logprobs = shake(r.old_logprobs, 1.2).numpy()
-        if not moved:
-            r.old_logprobs = None
+    grpo.remember_logprobs(grpo.Student(toy(), flags(25, 25)), [[r] for r in batch])
+    for r in batch:  # far enough for both clips, the dual one and the importance weight's cut
+        start = shake(r.old_logprobs, 1.5) if moved else r.old_logprobs
+        r.logprobs, r.old_logprobs = shake(start, 1.2).tolist(), start if moved else None
     return batch
 
 
 def measure(case):
-    """This rank's share of the gradient of one of CASES, and what backward() says of it."""
-    ddp, optimizer = learner(grpo, ARGS)
-    micros = grpo.my_micro_batches([r for r in make_batch(case) if r.weight], 200)
-    optimizer.zero_grad()
-    stats = grpo.backward(ddp, optimizer, micros)
-    return dict({key: sum(s[key] for s in stats) for key in ("loss", "tokens", "gap", "clipped")},
-                gradient=dict(zip(optimizer.names, optimizer.sums)), micros=len(micros),
-                fillers=sum(not r.weight for m in micros for r in m))
+    """This rank's share of the gradient of one of CASES, and the update's metrics."""
+    with mock.patch.object(grpo, "MISMATCH_LIMIT", math.inf):
+        batch = make_batch(case)
+        args = flags(len(batch), len(batch))
+        ddp, optimizer = learner(grpo, args)
+        gradient = gradients_of(optimizer)
+        metrics = grpo.update(ddp, optimizer, batch, 1e-3)
+        (micros,) = grpo.split_into_minibatches(batch, args)
+        return dict(metrics, gradient=gradient, micros=len(micros),
+                    fillers=sum(not r.weight for m in micros for r in m))
 
 
 @pytest.mark.parametrize("case", range(len(CASES)))
@@ -152,17 +153,17 @@ def test_one_rank_gives_the_gradient_of_brute_force(alone, case):
             now = logprobs[len(r.prompt_ids) + t - 1, y]
             before = r.old_logprobs[t].item() if moved else now.item()
             loss, why = ppo(now, before, r.advantage)
-            correction = min(math.exp(before - float(r.logprobs[t])), 2.0)
+            correction = min(math.exp(before - r.logprobs[t]), 2.0)
             total = total + loss * correction / len(batch) / len(r.response_ids)
             if r.advantage:
-                tokens, gap = tokens + 1, gap + abs(before - float(r.logprobs[t]))
+                tokens, gap = tokens + 1, gap + abs(before - r.logprobs[t])
                 seen.update([why, "truncated" if correction == 2 else None])
                 seen["either"] += why is not None or correction == 2
     total.backward()
     one = measure(case)
     assert one["loss"] == pytest.approx(total.item(), rel=1e-4, abs=1e-6)
-    assert (one["tokens"], one["clipped"]) == (tokens, seen["either"])
-    assert one["gap"] == pytest.approx(gap, rel=1e-4)
+    assert one["trained_tokens"] == tokens and one["clipped"] == seen["either"] / tokens
+    assert one["mismatch"] == pytest.approx(gap / tokens, rel=1e-4)
     assert_same_gradient(one["gradient"], {n: p.grad for n, p in model.named_parameters()})
     if case < 2:  # whatever can hold a token back does so somewhere
         assert seen["truncated"] and (not moved or seen["upper"] and seen["lower"] and seen["dual"])
@@ -174,35 +175,28 @@ def test_two_ranks_give_the_gradient_of_one(tmp_path, alone, case):
     assert two[0]["micros"] == two[1]["micros"] == (one["micros"] + 1) // 2
     assert sum(r["fillers"] for r in two) == one["micros"] % 2
     assert case < 2 or two[1]["fillers"] == 1
-    for r in two:  # the statistics are every rank's
+    for r in two:  # the statistics are every rank's, and are of all
         assert r["loss"] == pytest.approx(one["loss"], rel=1e-5, abs=1e-7)
-        assert (r["tokens"], r["clipped"]) == (one["tokens"], one["clipped"])
+        assert (r["trained_tokens"], r["clipped"]) == (one["trained_tokens"], one["clipped"])
     assert_same_gradient(two[0]["gradient"] | two[1]["gradient"], one["gradient"])
 
 
 # -------------------------------------------------------------------------------- rollout, update
 
 
-def test_every_group_is_compared_with_itself(monkeypatch):
-    def generate(llm, questions, n, seed, max_tokens, temperature):
-        return [[rollout() for _ in range(n)] for _ in questions]
-
-    def grade(verifier, groups, questions):
-        rollouts = [r for group in groups for r in group]
-        for r, reward in zip(rollouts, [1.0, 0.0, 0.0, 0.0] + [1.0] * 4):
-            r.reward = reward
-        return rollouts
-
-    monkeypatch.setattr(grpo, "generate", generate)
-    monkeypatch.setattr(grpo, "grade", grade)
-    args = Namespace(rollouts=4, seed=0, max_response_tokens=8, temperature=1.0)
-    rollouts = grpo.sample_groups(None, None, [{}, {}], 6, 1, args)
-    assert [r.row for r in rollouts] == [6] * 4 + [7] * 4
+def test_every_group_is_compared_with_itself(alone, monkeypatch):
+    answers = [[SimpleNamespace(token_ids=(7,), logprobs=SimpleNamespace(logprobs=[-1.0]), text="",
+                                finish_reason="length", reward=reward) for reward in rewards]
+               for rewards in ([1.0, 0.0, 0.0, 0.0], [1.0] * 4)]
+    monkeypatch.setattr(grpo, "generate", lambda *_, **__: answers)
+    args = grpo.make_parser().parse_args(["--model", "m", "--rollouts", "4"])
+    rollouts = grpo.sample_groups(None, None, [dict(prompt_ids=[1])] * 2, 1, args)
+    assert [r.row for r in rollouts] == [0] * 4 + [1] * 4
     assert [r.advantage for r in rollouts] == [0.75, -0.25, -0.25, -0.25, 0, 0, 0, 0]
+    assert not any(r.finished for r in rollouts)
 
 
-STEP = Namespace(temperature=1.0, clip_low=0.2, clip_high=0.28, tokens_per_micro_batch=200,
-                 questions_per_step=4, minibatch_questions=2)
+STEP = flags(4, 2)
 
 
 def sampled(ddp, advantages):
@@ -212,7 +206,7 @@ def sampled(ddp, advantages):
              for row, pair in enumerate(advantages) for a in pair]
     grpo.remember_logprobs(ddp.module, [[r] for r in batch])
     for r in batch:
-        r.logprobs, r.old_logprobs = r.old_logprobs.numpy(), None
+        r.logprobs, r.old_logprobs = r.old_logprobs.tolist(), None
     return batch
 
 
@@ -223,35 +217,27 @@ def watched(ddp):
     return asked
 
 
-def test_update_without_signal_computes_nothing(alone):
+def test_a_step_without_an_advantage_computes_nothing_and_says_so(alone, tmp_path, capsys):
     ddp, optimizer = learner(grpo, STEP)
-    batch = sampled(ddp, [(0.0, 0.0)] * 4)
+    batch, seconds = sampled(ddp, [(0.0, 0.0)] * 4), dict(rollout=1.0, update=2.0)
     before, asked = [p.detach().clone() for p in ddp.parameters()], watched(ddp)
-    metrics = grpo.update(ddp, optimizer, batch, 1e-2)
-    assert not asked and not any(state["step"] for state in optimizer.state.values())
-    assert all(map(torch.equal, before, ddp.parameters()))
-    assert metrics["updates"] == metrics["loss"] == metrics["mismatch"] == metrics["clipped"] == 0
-    assert metrics["trained_tokens"] == 0
-
-
-def test_a_step_without_signal_is_logged_as_such(alone, tmp_path, capsys):
-    ddp, optimizer = learner(grpo, STEP)
-    for step, advantages in ((1, (0.0, 0.0)), (2, (0.5, -0.5))):
-        batch = sampled(ddp, [advantages] * 4)
-        metrics = dict(grpo.update(ddp, optimizer, batch, 1e-2), lr=1e-2)
-        times = [("start", 0.0), ("rollout", 1.0), ("update", 3.0)]
-        grpo.log(Namespace(run_dir=tmp_path, wandb=False), step, batch, metrics, times)
-    first, second = capsys.readouterr().out.splitlines()
-    assert "nothing to learn from" in first and "loss" not in first
-    assert "nothing to learn from" not in second and "loss" in second
+    args = Namespace(run_dir=tmp_path, wandb=False, steps=2)
+    grpo.log(args, 1, batch, grpo.update(ddp, optimizer, batch, 1e-2), seconds)
+    assert not asked and all(map(torch.equal, before, ddp.parameters()))
+    batch = sampled(ddp, [(0.5, -0.5)] * 4)
+    grpo.log(args, 2, batch, grpo.update(ddp, optimizer, batch, 1e-2), seconds)
+    first, why, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("step 1/2 ") and "no update: no rollout has a loss" in why
+    assert second.startswith("step 2/2 ")
     one, two = lines(tmp_path / "metrics.jsonl")
     assert (one["trained"], two["trained"]) == (0, 1)
-    assert two["seconds"] == dict(rollout=1.0, update=2.0)
-    assert two["tokens_per_second"] == 8 * 12 / 3 and 0.1 < two["peak_memory_gb"] < 50
+    assert not any(one[key] for key in ("updates", "loss", "mismatch", "clipped", "trained_tokens"))
+    assert two["updates"] == 2 and two["seconds"] == seconds and 0.1 < two["peak_memory_gb"] < 50
+    assert two["tokens_per_second"] == 8 * 12 / 3
     assert len(lines(tmp_path / "rollouts/step_2.jsonl")) == 8
 
 
-def test_update_computes_only_groups_with_signal(alone):
+def test_update_computes_only_groups_with_an_advantage(alone):
     ddp, optimizer = learner(grpo, STEP)
     batch = sampled(ddp, [(0.0, 0.0), (0.0, 0.0), (0.5, -0.5), (0.0, 0.0)])
     asked = watched(ddp)
@@ -270,10 +256,10 @@ def test_second_mini_batch_remembers_the_steps_start(alone):
     # the engine agrees with the start; with the weights after one update it would not, by far
     assert metrics["updates"] == 2 and metrics["mismatch"] < 1e-5 and metrics["clipped"] > 0.1
     grpo.remember_logprobs(ddp.module, [[r] for r in batch])
-    assert max(np.abs(r.old_logprobs.numpy() - r.logprobs).max() for r in batch) > 0.1
+    assert max((r.old_logprobs - torch.tensor(r.logprobs)).abs().max() for r in batch) > 0.1
 
 
-def test_a_gradient_that_is_not_finite_is_left_out(alone):
+def test_a_gradient_that_is_not_finite_is_left_out(alone, tmp_path, capsys):
     ddp, optimizer = learner(grpo, STEP)
     before = [p.detach().clone() for p in ddp.parameters()]
     batch = sampled(ddp, [(0.5, math.nan)] + [(0.0, 0.0)] * 3)
@@ -284,23 +270,25 @@ def test_a_gradient_that_is_not_finite_is_left_out(alone):
     metrics = grpo.update(ddp, optimizer, batch, 1e-2)
     assert (metrics["updates"], metrics["skipped"]) == (1, 1)
     assert all(p.isfinite().all() for p in ddp.parameters())
+    grpo.log(Namespace(run_dir=tmp_path, wandb=False, steps=1), 1, batch, metrics, dict(update=1.0))
+    assert "1 updates skipped: the gradient was not finite" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------- the questions
 
 
-def test_question_sets_are_nested_and_by_seed(capsys):
+def test_question_sets_are_nested_and_by_seed():
     questions = list(range(1000))
-    sets = [grpo.choose_questions(questions, n, 0) for n in (1, 8, 64, 512, 1000)]
+
+    def choose(n, seed=0):
+        return grpo.choose_questions(questions, Namespace(num_questions=n, seed=seed))
+    sets = [choose(n) for n in (1, 8, 64, 512, 1000)]
     assert [len(set(s)) for s in sets] == [1, 8, 64, 512, 1000]
     assert all(small == large[: len(small)] for small, large in itertools.pairwise(sets))
-    assert grpo.choose_questions(questions, 8, 0) == sets[1]
-    assert grpo.choose_questions(questions, 8, 1) != sets[1]
-    assert sorted(grpo.choose_questions(questions, None, 0)) == questions
-    with pytest.raises(SystemExit) as caught:
-        grpo.choose_questions(questions, 1001, 0)
-    assert caught.value.code == 2
-    assert capsys.readouterr().err == "error: --num_questions 1001: the data has 1,000\n"
+    assert choose(8) == sets[1] and choose(8, seed=1) != sets[1]
+    assert sorted(choose(None)) == questions
+    with pytest.raises(ValueError, match="--num_questions 1001: the data has 1,000"):
+        choose(1001)
 
 
 def test_a_small_set_repeats_evenly_within_a_step():
@@ -325,7 +313,7 @@ def test_epochs_are_complete_and_differ():
 
 
 def test_defaults_are_the_papers():
-    args = grpo.parse_args(["--model", "x"])
+    args = grpo.make_parser().parse_args(["--model", "x"])
     table_8_and_9 = dict(
         max_prompt_tokens=2048, max_response_tokens=20480, questions_per_step=256,
         minibatch_questions=128, rollouts=8, temperature=1.0, warmup_steps=10, lr=1e-6,
@@ -336,19 +324,13 @@ def test_defaults_are_the_papers():
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--clip_low", "2"], "--clip_low 2.0 must lie between 0 and 1"),
-    (["--clip_high", "-0.1"], "--clip_high -0.1"),
-    (["--num_questions", "5"], "--num_questions 5: the data has 1"),
-    (["--num_questions", "0"], "0 must be at least 1"),
-    (["--temperature", "0"], "--temperature"),
-    (["--minibatch_questions", "100"], "--minibatch_questions, 100, must divide"),
-    (["--eval_data", "good.jsonl", "good.parquet"], "two benchmarks have one name (good good)"),
-    (["--max_response_tokens", "9999"], "positions"),
+    (["--clip_low", "2"], "--clip_low: 2 does not lie between 0 and 1"),
+    (["--clip_high", "-0.1"], "--clip_high: -0.1"),
+    (["--rollouts", "1"], "--rollouts: 1 does not lie between 2 and inf"),
+    (["--minibatch_questions", "100"], "--questions_per_step 256 is not divisible by 100"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, flags, said):
-    (tmp_path / "good.jsonl").write_text(json.dumps(dict(problem="1+1?", answer="2")))
+    """What grpo.py reads as sdpo.py does is in test_sdpo.py."""
     monkeypatch.chdir(tmp_path)
-    assert said in refusal_of_main(grpo, monkeypatch, [
-        "--model", ROOT / "toy/model", "--data", "good.jsonl", "--eval_data", "good.jsonl",
-        "--max_response_tokens", "64", *flags])  # of a flag given twice the last counts
+    assert said in refusal_of_main(grpo, monkeypatch, ["--model", ROOT / "toy/model", *flags])
     assert not (tmp_path / "runs").exists()

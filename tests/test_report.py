@@ -4,7 +4,9 @@ import json
 import re
 import struct
 import sys
+import zlib
 
+import pandas
 import pytest
 
 import epistemic
@@ -44,36 +46,36 @@ def evaluation(folder, models, benchmark="ood", samples=1, **more):
     write(folder / "summary.json", dict(models=table))
 
 
-@pytest.fixture(autouse=True)
-def afresh():
-    report.pictures.clear()
-    report.unread.clear()
-
-
 @pytest.fixture
 def made(monkeypatch, capsys, tmp_path):
     """Runs the command; gives (what it printed, the page). Draws only if told: that takes time."""
     def make(*folders, out=tmp_path / "out", draw=False):
+        def figure(page, title, *_, **__):
+            page.html += f'<img alt="{html.escape(title)}">'
+        report.counted.cache_clear()
         if not draw:
-            monkeypatch.setattr(report, "panel", lambda title, *_, **__: (
-                f'<img alt="{html.escape(title)}">'))
-            monkeypatch.setattr(report, "overview", lambda path: None)
+            monkeypatch.setattr(report.Page, "figure", figure)
         monkeypatch.setattr(sys, "argv", ["report.py", *map(str, folders), "--out", str(out)])
         report.main()
         return capsys.readouterr().out, (out / "report.html").read_text()
     return make
 
 
+def found(*folders):
+    return report.Found(report.find(folders))
+
+
 def row(page, name):
     """The cells of the row of this name, first of the page."""
-    return re.search(rf"<tr><th>{re.escape(name)}<td>(.*?)</tr>", page)[1].split("<td>")
+    cells = re.search(rf"<th>{re.escape(name)}</th>(.*?)</tr>", page, flags=re.S)[1]
+    return re.findall("<td>(.*?)</td>", cells, flags=re.S)
 
 
 def test_numbers_of_one_seed(made, tmp_path):
     run(tmp_path / "runs/sdpo", scores=(0.9, 0.1, 0.2, 0.3, 0.4, 0.5))
     said, page = made(tmp_path / "runs")
-    # training: the last five; ood: 3 of 4, its error stdev(1, 1, 0, 1) / 2
-    assert row(page, "sdpo")[0] == "0.300" and row(page, "base")[0] == "0.900"
+    # training: the last five, .1 to .5; ood: 3 of 4, its error stdev(1, 1, 0, 1) / 2
+    assert row(page, "sdpo")[0] == "0.300 ± 0.071" and row(page, "base")[0] == ""
     assert row(page, "sdpo")[3:6] == ["0.750 ± 0.250", "12 ± 1", "0.0 ± 0.0"]
     assert row(page, "base")[3:6] == ["1.000 ± 0.000", "12 ± 1", "2.0 ± 0.0"]
     assert "one seed" in said and "0.750 ± 0.250" in said
@@ -86,14 +88,18 @@ def test_seeds_are_one_arm(made, tmp_path):
         said, page = made(*folders)
         assert row(page, "sdpo")[3] == "0.750 ± 0.144"  # stdev(1, .75, .5) / sqrt(3)
         assert "3 seeds" in said
-    assert {f.name for f in report.find([tmp_path / "runs/seed_0/sdpo"])} == {"sdpo"}
+    assert {name for name, *_ in report.find([tmp_path / "runs/seed_0/sdpo"])} == {"sdpo"}
+    csv = pandas.read_csv(next((tmp_path / "out/figures").glob("*_where_the_runs_ended_*.csv")))
+    (ood,) = csv[(csv.arm == "sdpo") & (csv.benchmark == "ood") & (csv.quantity == "score")].to_dict(
+        "records")
+    assert ood["mean"] == 0.75 and ood["seeds"] == 3 and abs(ood["error"] - 0.144338) < 1e-6
 
 
 def test_runs_of_one_name_in_two_places_are_two_arms(tmp_path):
     for place in ("a", "b"):
         run(tmp_path / place / "sdpo")
-    assert [f.name for f in report.find([tmp_path])] == ["a/sdpo", "b/sdpo"]
-    assert [f.name for f in report.find([tmp_path / "a", tmp_path / "b"])] == ["a/sdpo", "b/sdpo"]
+    assert [name for name, *_ in report.find([tmp_path])] == ["a/sdpo", "b/sdpo"]
+    assert [name for name, *_ in report.find([tmp_path / "a", tmp_path / "b"])] == ["a/sdpo", "b/sdpo"]
 
 
 def test_a_benchmark_that_only_sft_has(made, tmp_path):
@@ -114,79 +120,140 @@ def test_contexts(made, tmp_path):
     write(folder / "summary.json", dict(contexts=means))
     said, page = made(folder)
     assert row(page, "unguided") == ["0.500 ± 0.500", "10 ± 0", "2.0 ± 0.0"]
-    assert "Table 1" in said and "Figure 9" in page
-    assert "Where the runs ended: left out, there is no metrics.jsonl" in page
+    assert "unguided" in said and "Figure 9" in page and "Where the runs ended" not in page
 
 
 def test_a_run_that_goes_on(made, tmp_path):
     run(tmp_path / "sdpo")
     with open(tmp_path / "sdpo/metrics.jsonl", "a") as f:
         f.write('{"step": 3, "sco')
-    _, page = made(tmp_path / "sdpo")
-    assert row(page, "sdpo")[0] == "0.375" and "metrics.jsonl: line 3 is no JSON object" in page
+    assert row(made(tmp_path / "sdpo")[1], "sdpo")[0] == "0.375 ± 0.125"
     for path in (tmp_path / "sdpo/eval").iterdir():  # nor has it been evaluated yet
         path.unlink()
-    assert row(made(tmp_path / "sdpo")[1], "sdpo")[0] == "0.375"
+    assert row(made(tmp_path / "sdpo")[1], "sdpo")[0] == "0.375 ± 0.125"
+
+
+@pytest.mark.parametrize("file, text, said", [
+    ("metrics.jsonl", '{"step": 1, "sco\n{}\n', "metrics.jsonl, row 1: no whole JSON"),
+    ("metrics.jsonl", '{"step": 1, "score": 1, "epistemic": 1}\n', "metrics.jsonl, row 1: no object "
+     "with score, length, epistemic"),
+    ("eval/step_2.json", '{"ood": {"score": 1', "step_2.json: no whole JSON"),
+    ("eval/step_2.json", '{"ood": {"score": 1}}', "step_2.json: no object with score, length"),
+    ("eval/step_2.json", "[]", "step_2.json: no object"),
+    ("eval/step_2.jsonl", '{"index": 0, "corr', "step_2.jsonl, row 1: no whole JSON"),
+    ("eval/step_2.jsonl", '{"index": 0, "benchmark": "ood"}\n', "step_2.jsonl, row 1: no object with "
+     "index, correct, tokens"),
+    ("eval/step_2.jsonl", "", "step_2.jsonl: holds no answers to ood"),
+    ("summary.json", '{"models": 3}', "summary.json: no object"),
+    ("token_kl.json", '{"3": {"text": "x"}}', "token_kl.json: no object with text, kl, count")])
+def test_what_is_cut_in_half_is_named(tmp_path, monkeypatch, file, text, said):
+    """One line with file and row, exit code 2, and nothing written."""
+    run(tmp_path / "sdpo")
+    (tmp_path / "sdpo" / file).write_text(text)
+    report.counted.cache_clear()
+    monkeypatch.setattr(report.Page, "figure", lambda *_, **__: None)
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path)])
+    assert said in refusal(report.main)
+    assert {p.name for p in tmp_path.iterdir()} == {"sdpo"}
+
+
+def test_what_is_not_its_own_stays(made, tmp_path):
+    """A user's report.html is refused; his files in figures/ stay; its own old ones go."""
+    run(tmp_path / "sdpo", ood=(1, 1, 0, 1))
+    out = tmp_path / "out"
+    made(tmp_path / "sdpo")
+    old = {p.name for p in (out / "figures").iterdir()}
+    (out / "figures/001_mine.png").write_text("mine")
+    evaluation(tmp_path / "sdpo/eval", {"model": (1, 1)})
+    made(tmp_path)
+    assert (out / "figures/001_mine.png").read_text() == "mine"
+    names = {p.name for p in (out / "figures").iterdir()} - {"001_mine.png"}
+    assert names != old and names == {"written.json"} | {
+        name.split("/")[1] for name in json.loads((out / "figures/written.json").read_text())
+        if "/" in name}
+    before = {p: zlib.crc32(p.read_bytes()) for p in out.rglob("*") if p.is_file()}
+    for name in ("report.html", "report.png", f"figures/{sorted(names)[0]}"):
+        kept = (out / name).read_bytes()
+        (out / name).write_text("edited")
+        assert f"{name} is not report.py's own" in refusal(made, tmp_path)
+        assert (out / name).read_text() == "edited"
+        (out / name).write_bytes(kept)
+    assert before == {p: zlib.crc32(p.read_bytes()) for p in out.rglob("*") if p.is_file()}
+
+
+def test_claims(made, tmp_path):
+    """The signs that hold between the numbers, and the verdicts that follow."""
+    for name, right in dict(grpo=(1,) * 40, sdpo=(0,) * 30 + (1,) * 10).items():
+        run(tmp_path / name, name=name, num_questions=512, ood=right)
+    run(tmp_path / "sdpo_8", num_questions=8, scores=(1.0,) * 5)
+    run(tmp_path / "grpo_8", name="grpo", num_questions=8, scores=(0.5,) * 5)
+    said, page = made(tmp_path)
+    table = report.claims(found(tmp_path), "toy/model")
+    agrees = {claim.split(":")[1].strip(): row.agrees for claim, row in table.iterrows()}
+    assert agrees["GRPO keeps the score on other questions, SDPO does not"] == "yes"
+    assert agrees["few questions SDPO learns as well"] == "yes"
+    assert agrees["the more the context tells, the fewer words of doubt"] == "not run"
+    assert "grpo 1.000 ± 0.000 ≈ base 1.000 ± 0.000 > sdpo 0.250" in " ".join(table.here)
+    assert agrees["GRPO keeps the words of doubt, SDPO does not"] == "no"  # grpo says "So 3.", too
+    assert "\nyes                Takeaway 3, Section 5" in said
+    assert page.index("GRPO keeps the score") < page.index("<h2>")
+    run(tmp_path / "grpo", name="grpo", num_questions=512, ood=(0,) * 40)
+    report.counted.cache_clear()
+    table = report.claims(found(tmp_path), "toy/model")
+    assert [row.agrees for claim, row in table.iterrows() if "keeps the score" in claim] == ["no"]
 
 
 def test_model_text_is_escaped(made, tmp_path):
     evil = '<script>alert(1)</script><img src=x onerror="f()"> wait \ud800 </pre>'
     run(tmp_path / "runs/<b>sdpo", text=evil)
-    write(tmp_path / "runs/<b>sdpo/eval/step_2.judged.jsonl",
-          dict(index=0, model="m", expressions=["<script>2"], count=1))
-    write(tmp_path / "runs/<b>sdpo/errors.json", {"<script>3": {"<script>4": 1}})
     write(tmp_path / "runs/<b>sdpo/token_kl.json", {"5": dict(text=" wait", kl=1.0, count=50)})
     _, page = made(tmp_path / "runs")
     assert "<script" not in page and "<b>sdpo" not in page and "onerror=\"" not in page
-    assert "&lt;script&gt;alert(1)" in page and "&lt;script&gt;2" in page
+    assert "&lt;script&gt;alert(1)" in page
     assert not re.search(r"(src|href)=.?(http|//)", page)  # nothing from the network
 
 
 def test_traces(made, tmp_path):
     """Those questions first on which the models differ; markers as epistemic counts them."""
     run(tmp_path / "sdpo", ood=(1, 1, 1, 0), text="Unlikely. WAIT, checking.")
-    _, page = made(tmp_path / "sdpo")
-    details = re.findall("<details>.*?</details>", page, flags=re.S)
-    assert len(details) == 4 and "Question 3" in details[0]
-    assert "base: right" in details[0] and "sdpo: wrong" in details[0]
-    assert details[0].count("<mark>") == epistemic.count("Wait, maybe 3. Unlikely WAIT checking")
-    assert "4 of 4 questions" in page
-
-
-def test_a_long_answer_says_what_is_left_out():
-    text = "a" * 15_000 + "wait" + "b" * 15_000
-    assert "[10,004 letters are left out here]" in report.highlighted(text)
-    assert report.highlighted("x < wait") == "x &lt; <mark>wait</mark>"
+    evaluation(tmp_path / "eval", {"model": (1, 1, 1, 1), "sdpo/step_2": (1, 1, 1, 1)})
+    _, page = made(tmp_path)
+    page = page[page.index("<h2>Read the traces"):]
+    traces = re.findall("<tr>(.*?)</tr>", page[page.index("toy/model ood"):], flags=re.S)[:4]
+    assert "base: right" in traces[0] and "sdpo: wrong" in traces[0]
+    assert "sdpo: right" in traces[1] and "on 1 of 4 questions" in page
+    assert "What is 1 + 2? Right: 3" in traces[0]  # the run's own answers do not hold the question
+    assert traces[0].count("<mark>") == epistemic.count("Wait, maybe 3. Unlikely WAIT checking")
 
 
 def test_the_page_stays_small_with_thousands_of_answers(made, tmp_path):
     run(tmp_path / "sdpo", ood=(1, 0) * 1000, text="wait " * 300)
     write(tmp_path / "sdpo/eval/step_0.jsonl", *answers("ood", (1,) * 2000, "maybe " * 300))
     _, page = made(tmp_path / "sdpo")
-    assert len(page) < 200_000 and "6 of 2000 questions" in page
+    assert len(page) < 200_000 and "1000 of 2000 questions" in page
 
 
-def test_word_shifts():
-    """App. B.4, by hand: the base says wait 2, x 1; the model wait 0, x 2, new 5 (not counted)."""
-    base, new = ({}, dict(wait=2.0, x=1.0)), ({}, dict(x=2.0, new=5.0))
-    assert report.word_shifts([(base, new)]) == (dict(wait=-2.0), dict(x=1.0), 2.0)
+def test_changes_of_words(tmp_path):
+    """App. B.4, by hand: the base says wait 2, x 1; the model x 3 and new, which does not count."""
+    run(tmp_path / "sdpo", ood=(1,), text="x x x new")
+    write(tmp_path / "sdpo/eval/step_0.jsonl", *answers("ood", (1, 1), "Wait, wait x"))
+    report.counted.cache_clear()
+    changes = report.changes(found(tmp_path).answered("run"))
+    assert changes.wait.tolist() == [-2] and changes.other_words.tolist() == [2]
 
 
 def test_runs_that_differ_in_one_flag(made, tmp_path):
     for size in (8, 64):
         run(tmp_path / f"runs/sdpo_{size}", num_questions=size, ema=0.0, seed=size)
-        run(tmp_path / f"runs/families_{size}", num_questions=9, ema=0.0,
-            data=f"toy/families_{size}.jsonl")
     run(tmp_path / "runs/sdpo_ema", num_questions=8, ema=0.05)
-    found = report.find([tmp_path / "runs"])
-    ((model, arms),) = report.configs(found).items()
-    assert [list(g) for g in report.alike(arms, "num_questions")] == [["sdpo_8", "sdpo_64"]]
-    assert [list(g) for g in report.alike(arms, "ema")] == [["sdpo_8", "sdpo_ema"]]
-    assert report.alike(arms, "lr") == [] and report.families(arms["families_8"]) == 8
+    there = found(tmp_path / "runs")
+    assert there.alike_but_for("num_questions") == [dict(sdpo_8=8, sdpo_64=64)]
+    assert there.alike_but_for("ema") == [dict(sdpo_8=0.0, sdpo_ema=0.05)]
+    assert there.alike_but_for("lr") == []
     _, page = made(tmp_path / "runs")
-    for title in ("Figure 6", "Figure 7", "Figure 8: over |D|", "Figure 8 over K"):
-        assert f"<h2>{title}" in page
-    assert "Figure 20a: top-k of the loss: left out" in page
+    for title in ("Figure 6", "Figure 7", "Figure 8", "Figure 11"):
+        assert f"<h2>{title}: " in page
+    assert "Figure 20a" not in page
 
 
 def test_checkpoints_and_pass_at(made, tmp_path):
@@ -194,7 +261,7 @@ def test_checkpoints_and_pass_at(made, tmp_path):
                samples=2, pass_at={"1": 0.5, "2": 0.75})
     _, page = made(tmp_path / "eval")
     assert row(page, "sdpo")[0] == "0.000 ± 0.000"  # step 10, not 9
-    assert 'alt="eval: ood pass@2"' in page and row(page, "sdpo")[3] == "0.750"
+    assert 'alt="pass@2 out of distribution\neval"' in page and row(page, "sdpo")[3] == "0.750"
 
 
 def test_table_6(made, tmp_path):
@@ -204,21 +271,9 @@ def test_table_6(made, tmp_path):
         "3": dict(text=" waits", kl=10.0, count=100)})
     _, page = made(tmp_path / "sdpo")
     # the mean over frequent tokens: (.3 + .1) / 2
-    assert "<tr><th>wait<td>‘ wait’<td>0.300<td>100<td>1.5 x</tr>" in page
-    assert "<tr><th>wait<td>‘Wait’<td>0.100<td>10<td>0.5 x</tr>" in page
-    assert "2 tokens" in page and "waits" not in page
-
-
-def test_judge_and_errors(made, tmp_path):
-    run(tmp_path / "sdpo")
-    write(tmp_path / "sdpo/eval/step_2.judged.jsonl",
-          dict(index=0, model="m", expressions=["not sure", "maybe"], count=2),
-          dict(index=1, model="m", expressions=["not sure"], count=4),
-          dict(index=2, model="m", expressions=None, count=None))
-    write(tmp_path / "sdpo/errors.json", {"sdpo": {"slip": 7, "early": 3}})
-    _, page = made(tmp_path / "sdpo")
-    assert row(page, "sdpo eval/step_2") == ["0", "2", "3.00 ± 1.00", "not sure; maybe"]
-    assert "<th>slip<th>early</tr><tr><th>sdpo<td>7<td>3</tr>" in page
+    assert "sdpo 0: 0.200 on average" in page and "waits" not in page
+    assert row(page, "‘ wait’")[1:] == ["100", "0.3", "1.5"]
+    assert row(page, "‘Wait’")[1:] == ["10", "0.1", "0.5"]
 
 
 def test_pictures(made, tmp_path):
@@ -226,20 +281,22 @@ def test_pictures(made, tmp_path):
     for seed in (0, 1):
         for size in (8, 64):
             run(tmp_path / f"runs/seed_{seed}/sdpo_{size}", num_questions=size)
-    write(tmp_path / "runs/seed_0/sdpo_8/eval/step_2.judged.jsonl", dict(count=2), dict(count=4))
+            run(tmp_path / f"runs/seed_{seed}/shield_{size}", remedy="shield")
     _, page = made(tmp_path / "runs", draw=True)
-    assert page.count("data:image/png;base64,iVBOR") == len(report.pictures)
-    kinds = " ".join(report.pictures)
-    for kind in ("training_score", "at_the_end", "toy_model_ood", "uncertainty_expressions"):
+    pictures = sorted((tmp_path / "out/figures").glob("*.png"))
+    assert page.count("data:image/png;base64,iVBOR") == len(pictures)
+    kinds = " ".join(path.name for path in pictures)
+    for kind in ("figure_7_score_in_training", "figure_8_score_out_of_dist", "figure_11_words",
+                 "remedies_score_out"):
         assert kind in kinds
-    for file in [*(tmp_path / "out/figures").iterdir(), tmp_path / "out/report.png"]:
+    for file in [*pictures, tmp_path / "out/report.png"]:
         width, height = struct.unpack(">II", file.read_bytes()[16:24])
         assert width >= 500 and height >= 150
 
 
 def test_a_band_goes_from_the_lowest_seed_to_the_highest():
     _, axis = report.pyplot.subplots()
-    report.lines(axis, dict(sdpo=[{0: 1.0, 1: 2.0}, {0: 3.0}]))
+    report.lines(axis, dict(sdpo=pandas.DataFrame([{0: 1.0, 1: 2.0}, {0: 3.0}]).T))
     assert axis.lines[0].get_ydata().tolist() == [2, 2]  # at step 1 there is one seed as yet
     assert {tuple(p) for p in axis.collections[0].get_paths()[0].vertices} == {
         (0, 1), (0, 3), (1, 2)}

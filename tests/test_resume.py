@@ -9,26 +9,21 @@ import sys
 
 import pytest
 import torch
-from safetensors import SafetensorError
 
 import sdpo
-from common import ROOT, lines, on_ranks, refusal, toy
-
-# what ends a run with one line: the last lines of sdpo.py
-NOT_WRITTEN = (OSError, SafetensorError, sdpo.dcp.api.CheckpointException)
+from common import DATA, ROOT, lines, on_ranks, refusal_of_main, toy
 
 
 def make(dtype=torch.float32):
     """(model, optimizer) before any step."""
     model = toy(dtype)
-    return model, sdpo.MasterAdamW(model.named_parameters(), "cpu", lr=1e-3)
+    return model, sdpo.MasterAdamW(model, lr=1e-3)
 
 
 def step(model, optimizer):
-    optimizer.zero_grad()
     for p in model.parameters():
-        p.grad += torch.sin(p.detach() * 100)
-    optimizer.fold()
+        p.grad = torch.sin(p.detach() * 100)
+    optimizer.add_gradients()
     optimizer.step(1e-3, 1.0)
 
 
@@ -44,10 +39,10 @@ def save(model, optimizer, number, tokenizer, folder):
 
 
 def load(folder, dtype=torch.float32):
-    """(model, optimizer, the step) as main() makes them at --resume."""
+    """(model, optimizer, the step) as main() makes them."""
     model, optimizer = make(dtype)
     done = sdpo.load_checkpoint(folder, optimizer.tensors())
-    optimizer.write_weights()
+    sdpo.write_weights(optimizer.masters, model)
     return model, optimizer, done
 
 
@@ -111,31 +106,22 @@ def cut(path):
 
 @pytest.mark.parametrize("name, harm", [
     ("__0_0.distcp", cut), ("__0_0.distcp", type(ROOT).unlink), (".metadata", cut)])
-def test_one_that_does_not_load_is_named_and_passed_over(run, tokenizer, capsys, name, harm):
+def test_one_that_does_not_load_is_named(run, tokenizer, name, harm):
     trained = make()
     for number in (1, 2):
         step(*trained)
-        (run / "metrics.jsonl").write_text(f'{{"step": {number}}}\n')
         save(*trained, number, tokenizer, run)
         if number == 1:
             first = [p.detach().clone() for p in trained[0].parameters()]
-    harm(run / "checkpoints/step_2/trainer_state" / name)
-    model, _, done = load(run)
-    said = capsys.readouterr().out.splitlines()
-    assert done == 1 and all(map(torch.equal, model.parameters(), first))
-    assert said[0].startswith(f"{run}/checkpoints/step_2 does not load (")
-    assert said[0].endswith("): the one before it is used")
-    assert said[1:] == [f"{run}: goes on after step_1"]
-    assert lines(run / "metrics.jsonl") == [dict(step=1)]
-    save(*trained, 2, tokenizer, run)  # the run comes here again, and replaces it
-    assert load(run)[2] == 2
-
-
-def test_none_that_loads_ends_the_run(run, tokenizer):
-    save(*make(), 1, tokenizer, run)
-    cut(run / "checkpoints/step_1/trainer_state/__0_0.distcp")
-    with pytest.raises(SystemExit, match=f"error: no checkpoint in {run} loads"):
+    newest = run / "checkpoints/step_2"
+    harm(newest / "trainer_state" / name)
+    with pytest.raises(SystemExit, match=f"error: {newest} does not load: remove it, and the same"):
         load(run)
+    newest.rename(run / "removed")  # as that line says
+    model, _, done = load(run)
+    assert done == 1 and all(map(torch.equal, model.parameters(), first))
+    save(*trained, 2, tokenizer, run)  # the run comes here again
+    assert load(run)[2] == 2
 
 
 def test_a_half_written_one_is_none(run, tokenizer):
@@ -145,9 +131,8 @@ def test_a_half_written_one_is_none(run, tokenizer):
     (run / "checkpoints/step_3.part").mkdir()
     for part in saved.iterdir():  # killed between the last byte and the renaming
         (run / "checkpoints/step_3.part" / part.name).symlink_to(part)
-    (run / "checkpoints/step_2").mkdir()  # killed while the trainer's state is removed
-    (run / "checkpoints/step_2/trainer_state").mkdir()
-    assert sdpo.resumable(run) == [saved] and load(run)[2] == 1
+    (run / "checkpoints/step_2/trainer_state").mkdir(parents=True)  # killed while that is removed
+    assert sdpo.resumable(run) == [1] and load(run)[2] == 1
     save(*trained, 3, tokenizer, run)
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step_1", "step_2", "step_3"]
     assert load(run)[2] == 3
@@ -165,26 +150,22 @@ def test_weights_of_all_checkpoints_stay_and_the_state_of_two(run, tokenizer):
 
 def test_metrics_after_the_checkpoint_go(run, tokenizer):
     rows = [json.dumps(dict(step=n)) + "\n" for n in (1, 2, 3)]
-    (run / "metrics.jsonl").write_text("".join(rows[:2]))
+    (run / "metrics.jsonl").write_text(rows[0])
+    assert load(run)[2] == 0 and lines(run / "metrics.jsonl") == []  # killed before the first one
     save(*make(), 2, tokenizer, run)
     (run / "metrics.jsonl").write_text("".join(rows) + '{"step": 4, "sco')  # killed while writing
     load(run)
     assert (run / "metrics.jsonl").read_text() == "".join(rows[:2])
 
 
-def test_metrics_of_a_run_without_a_checkpoint_go(run):
-    (run / "metrics.jsonl").write_text('{"step": 1}\n')
-    assert load(run)[2] == 0 and not (run / "metrics.jsonl").exists()
-
-
 def save_on_a_full_disk(folder, tokenizer, limit):
-    """Saves where no file may grow beyond the limit; returns the line that comes of it."""
+    """Saves where no file may grow beyond the limit; returns what that raises."""
     trained = make()
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     try:
         save(*trained, 2, tokenizer, folder)
-    except NOT_WRITTEN as error:
-        return sdpo.reason(error)
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        return type(error).__name__
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
@@ -192,15 +173,81 @@ def save_on_a_full_disk(folder, tokenizer, limit):
 @pytest.mark.parametrize("limit", [100_000, 5_000_000])  # in the weights; in the trainer's state
 def test_a_full_disk(run, tokenizer, limit):
     save(*make(), 1, tokenizer, run)
-    (line,) = on_ranks(1, run, save_on_a_full_disk, run, tokenizer, limit)
-    assert line and "\n" not in line
-    assert [p.name for p in sdpo.resumable(run)] == ["step_1"] and load(run)[2] == 1
+    assert on_ranks(1, run, save_on_a_full_disk, run, tokenizer, limit) != [None]
+    assert sdpo.resumable(run) == [1] and load(run)[2] == 1
 
 
-def test_nothing_begins_anew_where_the_runs_folder_is_gone(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        sdpo.write_lines(tmp_path / "run/eval/step_1.json", [{}])
-    assert not list(tmp_path.iterdir())
+# --------------------------------------------------------------------- the same command, and others
+
+
+def command(run_dir, *flags):
+    return ["--model", ROOT / "toy/model", "--data", DATA / "in.jsonl", "--eval_data",
+            "--max_response_tokens", 64, "--steps", 5, "--run_dir", run_dir, *flags]
+
+
+@pytest.fixture
+def begun(tmp_path, tokenizer, alone, monkeypatch):
+    """The folder of a run that has one checkpoint."""
+    monkeypatch.setattr(sys, "argv", ["sdpo.py"])
+    sdpo.begin_run(sdpo.make_parser().parse_args([*map(str, command(tmp_path / "run"))]))
+    save(*make(), 1, tokenizer, tmp_path / "run")
+    return tmp_path / "run"
+
+
+class Accepted(Exception):
+    """main() has read its flags."""
+
+
+def run_main(monkeypatch, argv):
+    """main() up to where it starts a process group, or to its end."""
+    def accept():
+        raise Accepted
+    monkeypatch.setattr(sys, "argv", ["sdpo.py", *map(str, argv)])
+    monkeypatch.setattr(sdpo, "start_process_group", accept)
+    sdpo.main()
+
+
+def test_the_same_command_resumes_and_steps_may_grow(begun, monkeypatch):
+    with pytest.raises(Accepted):
+        run_main(monkeypatch, command(begun))
+    (config,) = lines(begun / "config.json")
+    assert config["script"] == "sdpo.py" and config["world_size"] == 1 and config["lr"] == 1e-5
+    with pytest.raises(Accepted):
+        run_main(monkeypatch, command(begun, "--steps", 7))
+    assert lines(begun / "config.json")[0]["steps"] == 7
+
+
+def test_other_flags_are_named_and_nothing_is_overwritten(begun, monkeypatch):
+    before = {p: p.read_bytes() for p in begun.rglob("*") if p.is_file()}
+    line = refusal_of_main(sdpo, monkeypatch, command(begun, "--lr", "1e-4", "--steps", 4))
+    assert f"--run_dir {begun} began with other flags: --steps was 5, --lr was 1e-05;" in line
+    assert before == {p: p.read_bytes() for p in begun.rglob("*") if p.is_file()}
+
+
+def test_a_finished_run_says_so(begun, monkeypatch, capsys):
+    sdpo.write_lines(begun / "eval/step_5.json", [{}])
+    run_main(monkeypatch, command(begun))
+    assert f"{begun} has finished its 5 steps; more --steps continue it" in capsys.readouterr().out
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(begun, monkeypatch):
+    (begun / "checkpoints/step_1").rename(begun / "checkpoints/step_1.part")
+    with pytest.raises(Accepted):
+        run_main(monkeypatch, command(begun, "--lr", "1e-4"))
+    assert lines(begun / "config.json")[0]["lr"] == 1e-4
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path, monkeypatch):
+    (tmp_path / "notes.txt").write_text("mine")
+    line = refusal_of_main(sdpo, monkeypatch, command(tmp_path))
+    assert f"--run_dir {tmp_path} holds something else" in line
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_ranks_that_start_at_once_do_not_refuse_each_other(tmp_path):
+    """One rank finds the folder while another writes config.json aside."""
+    (tmp_path / "config.json.part").write_text("{")
+    sdpo.begin_run(sdpo.make_parser().parse_args([*map(str, command(tmp_path))]))
 
 
 def test_a_read_only_folder(tmp_path):
@@ -211,33 +258,8 @@ def test_a_read_only_folder(tmp_path):
         pytest.skip("no mount namespaces here")
     done = subprocess.run(
         ["unshare", "-rm", "sh", "-c", f'{mount} && exec "$@"', "sh", sys.executable,
-         ROOT / "sdpo.py", "--model", ROOT / "toy/model", "--data", ROOT / "toy/data/in.jsonl",
-         "--eval_data", "--max_response_tokens", "64", "--run_dir", tmp_path / "run/new"],
+         ROOT / "sdpo.py", *map(str, command(tmp_path / "run/new"))],
         capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert f"--run_dir {tmp_path}/run/new" in line and "Traceback" not in done.stderr
-
-
-def parse(*flags):
-    return sdpo.parse_args(["--model", "toy/model", *map(str, flags)])
-
-
-def test_flags_of_a_resumed_run_are_its_own_unless_given(tmp_path, capsys):
-    began = parse("--run_dir", tmp_path, "--lr", "1e-4", "--steps", 7, "--no-recompute_layers",
-                  "--eval_data", "a", "b")
-    (tmp_path / "config.json").write_text(json.dumps(dict(vars(began), commit="0", world_size=2)))
-    again = parse("--run_dir", tmp_path, "--resume")
-    assert vars(again) == dict(vars(began), resume=True) and not capsys.readouterr().out
-    again = parse("--run_dir", tmp_path, "--resume", "--steps", 9, "--lr", "1e-4")
-    assert vars(again) == dict(vars(began), resume=True, steps=9)
-    assert capsys.readouterr().out == "--steps 9: the run began with 7\n"
-    assert parse("--run_dir", tmp_path / "new", "--resume").steps == 100  # nothing to go on with
-
-
-def test_a_new_run_wants_a_new_folder(run):
-    config = ["--run_dir", run]
-    assert f"--run_dir {run} already holds results" in refusal(sdpo.begin_run, parse(*config))
-    sdpo.begin_run(parse(*config, "--resume"))
-    (config,) = lines(run / "config.json")
-    assert config["script"] == "sdpo.py" and config["world_size"] == 1 and config["lr"] == 1e-5
+    (line,) = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert f"{tmp_path}/run/new" in line and "Traceback" not in done.stderr

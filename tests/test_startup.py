@@ -3,9 +3,10 @@ import json
 import shutil
 
 import pytest
+import torch
 
 import sdpo
-from common import ROOT, refusal
+from common import ROOT, toy
 
 TOY = ROOT / "toy/model"
 
@@ -18,31 +19,35 @@ def model(tmp_path):
     return tmp_path
 
 
-def load(model, longest=4096):
-    return sdpo.load_tokenizer(str(model), longest)
+def refused(model, said, positions=4096):
+    with pytest.raises(ValueError, match=f"(?s){said}"):
+        sdpo.load_tokenizer(str(model), positions)
 
 
 def test_the_toy_passes_in_silence(model, capsys):
-    tokenizer, config = load(model)
-    assert len(tokenizer) <= config.vocab_size and config.max_position_embeddings == 4096
-    assert capsys.readouterr().out == ""
+    path, tokenizer = sdpo.load_tokenizer(str(model), 4096)
+    assert path == str(model) and tokenizer.chat_template and capsys.readouterr().out == ""
 
 
 def test_no_chat_template(model):
     (model / "chat_template.jinja").unlink()
-    assert f"--model {model}: its tokenizer has no chat template" in refusal(load, model)
+    refused(model, f"--model {model}: its tokenizer has no chat template")
 
 
 def test_vocabulary_larger_than_the_model(model):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(dict(config, vocab_size=100)))
-    assert "754 tokens and the model 100" in refusal(load, model)
+    refused(model, "754 tokens, the model only 100")
 
 
 def test_longer_than_the_positions(model):
-    assert f"4,097, more than the 4,096 positions of {model}" in refusal(load, model, 4097)
+    refused(model, f"4,097 together, but {model} has 4,096 positions", 4097)
 
 
-def test_no_model(tmp_path):
-    (tmp_path / "config.json").write_text("{")
-    assert f"--model {tmp_path}: no model folder" in refusal(load, tmp_path)
+def test_weights_that_are_missing(model):
+    state = toy().state_dict()
+    del state["lm_head.weight"]
+    import safetensors.torch
+    safetensors.torch.save_file(state, model / "model.safetensors", dict(format="pt"))
+    with pytest.raises(SystemExit, match=f"weights are missing in {model}: .*lm_head.weight"):
+        sdpo.load_model(str(model), torch.device("cpu"))

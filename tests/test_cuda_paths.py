@@ -1,0 +1,194 @@
+"""What only a GPU runs, as far as a CPU can show it: the order of sleeping, waking and freeing with
+a recording engine in vLLM's place, vLLM's own signatures, compiled layers. bfloat16 weights with
+their masters, killed and resumed: python tests/kill.py --masters
+"""
+import copy
+import dataclasses
+import inspect
+import math
+import sys
+import types
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.reductions import StorageWeakRef
+
+import grpo
+import sdpo
+import test_sdpo
+from common import DATA, ROOT, few, gradients_of, learner, tokenizer_of, toy
+
+
+class Verifier(sdpo.Verifier):
+    """Every other answer is right: what the recording engine says earns nothing."""
+
+    def verify(self, texts, golds, after_think):
+        return [float(i % 2) for i in range(len(texts))]
+
+
+class Recorder:
+    """Stands for vllm.LLM: notes its calls, and what the trainer holds while it samples."""
+
+    def __init__(self, script, model, **settings):
+        self.script, self.settings, self.calls = script, settings, []
+        self.models, self.gone, self.weights = [], [], None
+        self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=lambda: None))
+
+    def sleep(self, **how):
+        self.calls.append(("sleep", how))
+
+    def wake_up(self, **how):
+        self.calls.append(("wake_up", how))
+
+    def collective_rpc(self, method, kwargs):
+        self.calls.append((method, dict.fromkeys(kwargs)))
+        self.weights = {name: w.clone() for name, w in kwargs["weights_iterator"]}
+
+    def reset_prefix_cache(self):
+        pass
+
+    def get_tokenizer(self):
+        return tokenizer_of("toy")
+
+    def generate(self, prompts, sampling, use_tqdm):
+        student, *teacher = self.models[:1 if self.script is grpo else 2]
+        assert all(torch.equal(w, self.weights[n]) for n, w in student.named_parameters())
+        assert all(w.grad is None for w in student.parameters())
+        assert all(storage.expired() for storage in self.gone)
+        assert not any(w.numel() for model in teacher for w in model.parameters())
+        self.calls.append(("generate", dict(prompts=None, sampling_params=None, use_tqdm=None)))
+        tokens = [5, 6, 7]
+        return [SimpleNamespace(outputs=[SimpleNamespace(
+            token_ids=[*tokens, 8 + i], logprobs=SimpleNamespace(logprobs=[-1.0] * 4),
+            finish_reason="stop") for i in range(sampling.settings.get("n", 1))]) for _ in prompts]
+
+
+@pytest.fixture(scope="module", params=[sdpo, grpo], ids=["sdpo", "grpo"])
+def recorded(request, tmp_path_factory):
+    """The recording engine of a run of two steps, as it goes on a GPU."""
+    script, folder, engines = request.param, tmp_path_factory.mktemp("recorded"), []
+
+    def make_llm(model, **settings):
+        engines.append(Recorder(script, model, **settings))
+        return engines[0]
+
+    def start():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        return torch.device("cpu")
+
+    def load_model(path, device, load=script.load_model):
+        model = load(path, device)
+        engines[0].models.append(model)
+        if script is sdpo and len(engines[0].models) > 2:  # the teacher of a step
+            engines[0].gone += [StorageWeakRef(w.untyped_storage()) for w in model.parameters()]
+            del engines[0].models[2:]
+        return model
+
+    def update(ddp, *others, original=script.update):
+        engines[0].calls.append(("update", {}))
+        metrics = original(ddp, *others)
+        engines[0].gone += [StorageWeakRef(w.grad.untyped_storage()) for w in ddp.parameters()]
+        return metrics
+    vllm = types.ModuleType("vllm")
+    vllm.LLM, vllm.SamplingParams = make_llm, lambda **how: SimpleNamespace(settings=how)
+    questions = few(DATA / "in.jsonl", 2, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "vllm", vllm)
+        for name, replacement in dict(start_process_group=start, load_model=load_model,
+                                      update=update, save_checkpoint=lambda *_: None,
+                                      Verifier=Verifier, MISMATCH_LIMIT=math.inf).items():
+            patch.setattr(script, name, replacement)
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, (
+            "--model", ROOT / "toy/model", "--data", questions, "--eval_data", questions,
+            "--max_response_tokens", 64, "--questions_per_step", 2, "--minibatch_questions", 1,
+            "--rollouts", 2, "--steps", 2, "--run_dir", folder / "run", "--lr", "1e-3"))])
+        try:
+            script.main()
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+    return engines[0]
+
+
+def test_vllm_sleeps_while_the_trainer_works_and_wakes_in_two_steps(recorded):
+    """Weights, then the KV cache: with both at once the old weights would lie beside it."""
+    slept, woken = ("sleep", dict(level=2)), [
+        ("wake_up", dict(tags=["weights"])), ("reload_weights", dict(weights_iterator=None)),
+        ("wake_up", dict(tags=["kv_cache"]))]
+    calls = [call if call[0] != "generate" else "generate" for call in recorded.calls]
+    step = ["generate", slept, ("update", {}), *woken]
+    assert calls == [slept, *woken, "generate", *step, *step, "generate"]
+    assert recorded.gone
+
+
+@pytest.mark.vllm
+def test_what_vllm_is_asked_for_exists(recorded):
+    from vllm import LLM, EngineArgs
+    from vllm.v1.executor.abstract import Executor
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as Newer
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    known = {field.name for field in dataclasses.fields(EngineArgs)}
+    assert set(recorded.settings) <= known | set(inspect.signature(LLM).parameters)
+    account = type("Account", (Executor,), dict.fromkeys(  # its own account of what sleeps
+        Executor.__abstractmethods__, lambda *_, **__: None))
+    executor = account.__new__(account)
+    executor.sleeping_tags = set()
+    for name, how in recorded.calls:
+        if name == "reload_weights":
+            for runner in (GPUModelRunner, Newer):
+                inspect.signature(runner.reload_weights).bind(None, **how)
+        elif name != "update":
+            inspect.signature(getattr(LLM, name)).bind(None, **how)
+        if name in ("sleep", "wake_up"):
+            getattr(executor, name)(**how)
+        assert name != "generate" or not executor.is_sleeping
+        assert name != "update" or executor.sleeping_tags == {"weights", "kv_cache"}
+
+
+def test_attention_gets_no_mask(monkeypatch):
+    """The fast kernel: causal, and no T x T tensor, for sequences of different lengths, too."""
+    asked, attention = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*args, attn_mask=None, is_causal=False, **how):
+        asked.append((attn_mask, is_causal))
+        return attention(*args, attn_mask=attn_mask, is_causal=is_causal, **how)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    sdpo.response_hidden(toy().train(), [[5, 6, 7], [8]], [[9, 10], [11]])
+    assert asked and set(asked) == {(None, True)}
+
+
+def test_compiled_layers_give_the_gradient_of_eager_ones(alone, monkeypatch):
+    """Under DDP and gradient checkpointing, with changing lengths, weights that are freed and
+    loaded; the number of graphs does not grow with the updates."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+    gradients, counter = [], CompileCounterWithBackend("aot_eager")
+    compile_one = torch.nn.Module.compile
+
+    def on_gpu(model):
+        """compile_layers takes it for a large model on a GPU."""
+        return SimpleNamespace(device=torch.device("cuda"), num_parameters=lambda: 8e9,
+                               get_decoder=model.get_decoder)
+    monkeypatch.setattr(torch.nn.Module, "compile",
+                        lambda layer, **how: compile_one(layer, backend=counter, **how))
+    monkeypatch.setattr(sdpo, "MISMATCH_LIMIT", math.inf)
+    with torch._dynamo.config.patch(recompile_limit=8, optimize_ddp=True):  # compile_layers' own
+        for compiled in (False, True):
+            ddp, optimizer = learner(sdpo, test_sdpo.flags())
+            model, teacher = ddp.module.model, toy()
+            if compiled:
+                sdpo.compile_layers(on_gpu(model), on_gpu(teacher))
+            model.train().gradient_checkpointing_enable(dict(use_reentrant=False))
+            taken = gradients_of(optimizer)
+            for size in (23, 20, 17):
+                batch = test_sdpo.make_batch(size)
+                sdpo.free(teacher)
+                sdpo.load_teacher(teacher, {}, model, ROOT / "toy/model")
+                sdpo.update(ddp, teacher, optimizer, batch, 1e-3)
+                gradients.append((copy.copy(taken), counter.frame_count))
+    for (eager, _), (compiled, _) in zip(gradients[:3], gradients[3:]):
+        test_sdpo.assert_same_gradient(compiled, eager, 1e-4)
+    counts = [count for _, count in gradients]
+    assert counts[:3] == [0, 0, 0] and 0 < counts[3] == counts[5] < 20
