@@ -249,7 +249,8 @@ TABLES = {  # of toy/README.md, from results/toy/numbers.json
               for k in (4, 2, 1))]},
     "opsd": {"base, thinking off": "base_off", "GRPO, thinking off": "off_grpo",
              "SDPO, thinking off": "off_sdpo", "base, thinking on": "base_on",
-             "OPSD, student and teacher think": "opsd", "OPSD, only the teacher thinks": "opsd_hybrid"},
+             "OPSD, student and teacher think": "opsd",
+             "OPSD, only the teacher thinks": "opsd_hybrid"},
     "remedies": {"base": "base", "GRPO": "grpo", "SDPO": "sdpo", **{
         f"`{remedy}` {strength}": f"{remedy}_{strength}"
         for remedy, (_, strengths) in REMEDIES.items() for strength in strengths}},
