@@ -567,7 +567,8 @@ def log(args, step, rollouts, metrics, seconds):
     if args.wandb:
         import wandb
         wandb.log(m, step=step)
-    left = timedelta(seconds=round((args.steps - step) * sum(seconds.values())))
+    minutes = (args.steps - step) * sum(seconds.values()) / 60
+    left = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
     say(f"step {step}/{args.steps}  {epistemic.line(m)}  loss {m['loss']:.3f}  {left} left")
     if m["skipped"] or not m["trained"]:
         say(f"  {m['skipped']} updates skipped: the gradient was not finite" if m["skipped"] else

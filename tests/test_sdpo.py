@@ -307,7 +307,7 @@ def test_one_rank_gives_the_gradient_of_brute_force(alone, moved):
     assert one["loss"] == pytest.approx(total.item(), rel=1e-4)
     assert one["trained_tokens"] == tokens and one["mismatch"] == pytest.approx(gap / tokens)
     assert one["clipped"] == cut / tokens > 0.1
-    assert_same_gradient(one["gradient"], {n: p.grad for n, p in model.named_parameters()}, 1e-4)
+    assert_same_gradient(one["gradient"], {n: p.grad for n, p in model.named_parameters()}, 1e-3)
     norm = torch.stack([g.norm() for g in one["gradient"].values()]).norm().item()
     assert one["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
