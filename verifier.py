@@ -1,6 +1,15 @@
 r"""Questions with their answers, and: is this response correct?
 
-DOCSTRING
+A gold that is a number, as all of DAPO, AIME and AMC and 4 of 5 of MATH-500 are, is compared by
+`read_number`: it reads a text as one number or none, exactly, and never sees the gold, so no box
+can hold two guesses.  Letters and words are compared as text.  Only other golds go to math-verify,
+in processes that can be killed, for model text is hostile: `\prod_{n=1}^{10^9} n!` never returns.
+
+Given up: right, but gets 0                  Given up: wrong, but gets 1
+204 for 204_5, 1010_2 for 1010               15 cm for 15 cm^2, 36 cents or 36% for \$36
+\frac{\pi}{6} for 30^\circ, \pi for 3.14     42 weird; 42 and a word that changes it, but not listed
+e^0 or \log_2 8 for a number; 1 4/5          y = 5 where x is asked; k = 2k for 2k
+7 goats and 4 toys for 7,4; (C) 12 for (C)   \sqrt{51} \approx 9.9 for \sqrt{51}
 """
 
 import ast
@@ -22,8 +31,9 @@ from pathlib import Path
 MAX_GOLD = 200  # characters; the golds of DAPO, MATH-500, AIME and AMC have at most 53
 INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."  # App. D
 THEIRS = re.compile(  # what INSTRUCTION replaces
-    r"^Solve the following math problem step by step\. .*? answer to the problem\.\s*|\s*(?:Remember "
-    r'to put your answer on its own line after "Answer:"|Please reason step by step)\.\s*$', re.S)
+    r"^Solve the following math problem step by step\. .*? answer to the problem\.\s*|"
+    r'\s*(?:Remember to put your answer on its own line after "Answer:"|'
+    r"Please reason step by step)\.\s*$", re.DOTALL)
 HUB = {"dapo": ("open-r1/DAPO-Math-17k-Processed", "all", "train"),  # id, configuration, split
        "aime24": ("HuggingFaceH4/aime_2024", None, "train"),
        "aime25": ("math-ai/aime25", None, "test"),
@@ -34,10 +44,9 @@ HUB = {"dapo": ("open-r1/DAPO-Math-17k-Processed", "all", "train"),  # id, confi
 def load_questions(source):
     """[dict(messages, answer[, solution])] of a short name, a hub id, or a .parquet/.json/.jsonl.
 
-    Takes the schemas of the paper's files, DAPO (both forms), AIME, AMC, MATH, GSM8K, DeepMath and
-    NuminaMath.  The last message gets App. D's form, but where the row asks for <answer> tags, as
-    the `system` of SciKnowEval's chemistry does: it stays to the letter, and the gold is tagged.
-    Raises ValueError, one line with file, row and column, for what no response could answer.
+    Reads the paper's files, DAPO, AIME, AMC, MATH, GSM8K, DeepMath, NuminaMath.  The last message
+    gets App. D's form; if the row asks for <answer> tags (chemistry), it stays and the gold is
+    tagged.  ValueError, one line with file, row and column, for what no response could answer.
     """
     questions = []
     for number, row in enumerate(_read_rows(source), 1):
@@ -93,16 +102,15 @@ def _parse_question(row):
         messages = [dict(message) for message in row[column]]
     elif isinstance(row.get("system"), str):
         messages.insert(0, dict(role="system", content=row["system"]))
-    for message in messages:
-        if not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise ValueError(f"{column}: role and content must be texts: {str(message)[:80]}")
+    if not all(isinstance(m.get(key), str) for m in messages for key in ("role", "content")):
+        raise ValueError(f"{column}: each message needs a role and a content that are texts")
     if messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
         raise ValueError(f"{column}: no question (the last message must be the user's)")
 
-    names = ("reward_model", "answer", "final_answer", "solution")
-    column = next((name for name in names if row.get(name) is not None), None)
+    column = next((name for name in ("reward_model", "answer", "final_answer", "solution")
+                   if row.get(name) is not None), None)
     if column is None:
-        raise ValueError(f"no answer (looked for {', '.join(names)})")
+        raise ValueError("no answer (looked for reward_model, answer, final_answer, solution)")
     gold = row[column]
     gold = gold[0] if isinstance(gold, list) and len(gold) == 1 else gold
     if not isinstance(gold, (str, int, float)):
@@ -114,7 +122,6 @@ def _parse_question(row):
         gold = (last_boxed(gold) or gold).strip()
     if not 0 < len(gold) <= MAX_GOLD:
         raise ValueError(f"{column}: no answer, but {len(gold)} characters without a \\boxed")
-
     if any("<answer>" in message["content"] for message in messages):
         gold = f"<answer>{gold}</answer>"
     elif not messages[-1]["content"].endswith(INSTRUCTION.strip()):
@@ -131,9 +138,8 @@ _BOX_TOKEN = re.compile(r"\\\\?(boxed|fbox)\s*+\{|\\.|[{}]", re.DOTALL)  # \\box
 
 
 def last_boxed(text):
-    r"""Content of the balanced `\boxed{...}` that begins last, else of such an `\fbox{...}`, or None.
-    A box that never closes, as in a response cut off, is passed over.  `\{` and `\}` are no braces.
-    """
+    r"""Text of the balanced `\boxed{...}` that begins last, else of such an `\fbox{...}`; or None.
+    One that never closes, as in a response cut off, is passed over; `\{` and `\}` are no braces."""
     opened, found = [], {}
     for token in _BOX_TOKEN.finditer(text, max(0, text.find("box") - 3)):
         if token[1] or token[0] == "{":
@@ -159,9 +165,9 @@ _BRACES = r"\{(?:[^{}]++|\{(?:[^{}]++|\{[^{}]*+\})*+\})*+\}"  # nested as deep a
 _COMMANDS = {name: new for new, names in {
     r"\frac": "dfrac tfrac cfrac", r"\binom": "dbinom tbinom", r"\cdot ": "times", "(": "langle",
     ")": "rangle", "<": "lt", ">": "gt", r"\le ": "leq leqslant", r"\ge ": "geq geqslant",
-    r"\emptyset": "varnothing", r"^\circ ": "degree", r"\text": "textbf textit textrm mathrm mathbf "
-    "mathsf mathit mbox operatorname boldsymbol bm emph underline", " ": "left right big Big bigg "
-    "Bigg displaystyle textstyle quad qquad bf rm large Large checkmark",
+    r"\emptyset": "varnothing", r"^\circ ": "degree", r"\text": "textbf textit textrm mathrm "
+    "mathbf mathsf mathit mbox operatorname boldsymbol bm emph underline", " ": "left right big "
+    "Big bigg Bigg displaystyle textstyle quad qquad bf rm large Large checkmark",
 }.items() for name in names.split()}
 _UNICODE = str.maketrans({
     "−": "-", "–": "-", "×": r"\cdot ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ",
@@ -170,9 +176,8 @@ _UNICODE = str.maketrans({
 _SCALES = dict(hundred=2, thousand=3, million=6, billion=9, trillion=12)
 _SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
     (r"(?<!\\)\\! ?|\\(?:text)?color ?\{[^{}]*+\}|\\phantom\{\.\}|^ ?\*\*|\*\* ?$|\\\\ ?$", ""),
-    (r"(?<!\\)\$|(?<!\\)\\[()\[\],;:> ]|~|\s", " "),
     (r"\\([A-Za-z]++)", lambda m: _COMMANDS.get(m[1], m[0])),
-    (r" ++", " "),
+    (r"(?:(?<!\\)\$|(?<!\\)\\[()\[\],;:> ]|~|\s)++", " "),
     (r"\\text ?\{ ?(?:negative|minus) ?\}", "-"),
     (r"\\text ?\{([^A-Za-z{}]*+|[ei])\}", r"{\1}"),  # no words
     (r"√ ?([0-9]++|[a-z])", r"\\sqrt{\1}"),
@@ -192,8 +197,7 @@ _SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
      lambda m: rf"\cdot 10^{{{_SCALES[m[2]]}}} {m[1] or ''}"),
     (r"(?:^|(?<==)|(?<== )) ?\\text ?\{([A-Za-z ]++:? ?)\} ?(?=[-0-9\\])",  # The answer is 5
      lambda m: m[0] if _CHANGING.search(m[1]) else ""),
-    # units become \text{...}: all of an answer's in one
-    (r"\^ ?(?:\\circ|\{ ?\\circ ?\})", r"\\text{ degrees}"),
+    (r"\^ ?(?:\\circ|\{ ?\\circ ?\})", r"\\text{ degrees}"),  # units: all in one \text{...}
     (r"\\?%", r"\\text{ percent}"),
     (r"(?<=[0-9}]) ?((?:[ckm]m|m(?=[\^/])|kg|lbs?|oz|ft|in|mph|hrs?|mins?|secs?)(?:/[a-z]{1,4})?"
      r"|(?<= )[A-Za-z]{4,}+(?: [A-Za-z]{2,}+)*+)(?![A-Za-z(])", r"\\text{\1}"),
@@ -220,10 +224,10 @@ _WORD = r"(?:[A-Za-z]{2,}+|[mshgL](?![A-Za-z]))(?:\^[23])?"
 _UNIT = re.compile(rf"(?: ?\\text\{{ ?\(?(?:{_WORD}\.?(?:[ /-]{_WORD}){{0,2}})?\)? ?\}})?")
 _CHANGING = re.compile(  # words that change what stands before them, or guess again
     r"\b(?:or|oder|and|not|no|if|when|unless|but|to|than|least|most|more|less|plus|minus|negative|"
-    r"times|over|vs|either|else|otherwise|maybe|about|none|squared|cubed|power|pi|mod|base|log|ln|"
-    r"sin|cos|tan|sqrt|root|rad|(?:radian|gradian|ten|st|nd|rd|th)s?|[IVXLC]{2,}|percent percent|"
-    r"(?:one|two|three|four|five|fif|six|seven|eigh|nin|eleven|twel|thir|twen|tenth|hundred|double|"
-    r"thousand|dozen|hal[fv]|quarter|altern|approx|undef|infin|arc|factorial|\w+illion)\w*)\b", re.I)
+    r"times|over|vs|either|else|maybe|about|none|squared|cubed|power|pi|mod|base|log|ln|sin|cos|tan|"
+    r"root|rad|(?:radian|gradian|ten|st|nd|rd|th)s?|[IVXLC]{2,}|percent percent|(?:one|two|three|four|"
+    r"five|fif|six|seven|eigh|nin|eleven|twel|thir|twen|tenth|hundred|thousand|\w+illion|double|dozen|"
+    r"hal[fv]|quarter|altern|approx|otherw|undef|infin|arc|factorial)\w*)\b", re.IGNORECASE)
 _ARITHMETIC = re.compile(r"(?:[0-9 */^(){}]|\.(?=[0-9])|[-+](?! ?[-+])|!(?!!)|"
                          r"\\(?:cdot|div|bmod|frac|binom|sqrt)(?![A-Za-z]))*+")
 _PYTHON = [(re.compile(pattern), new) for pattern, new in (  # for its grammar, never its eval
@@ -313,9 +317,9 @@ def states(answer, gold):
 # ------------------------------------------------------------------------------------- Formulas
 _MISREAD = re.compile(  # 2 3 as 5, A^T as A, I as i, (2)(3) as 5; and commands it knows not
     r"[0-9] [0-9]|[0-9] ?\\?[{[] ?[0-9]|\[-?\\infty|\\infty\]|[0-9)}]_|\^\{?T|(?<![A-Za-z\\])I|"
-    r"[0-9] ?\\frac\{[0-9]+\}\{[0-9]|\(-?[0-9.]+\) ?[0-9({[]|(?<!\\)\\(?!(?:frac|sqrt|pi|infty|cdot|"
-    r"binom|a?r?c?(?:sin|cos|tan)|cot|sec|csc|log|ln|exp|[lr](?:floor|ceil)|[lg]e|in|cup|pm|begin|"
-    rf"end|emptyset|mathbb|{_LETTERS})(?![a-z]))[A-Za-z]")
+    r"[0-9] ?\\frac\{[0-9]+\}\{[0-9]|\(-?[0-9.]+\) ?[0-9({[]|(?<!\\)\\(?!(?:frac|sqrt|pi|infty|"
+    r"cdot|binom|a?r?c?(?:sin|cos|tan)|cot|sec|csc|log|ln|exp|[lr](?:floor|ceil)|[lg]e|in|cup|pm|"
+    rf"begin|end|emptyset|mathbb|{_LETTERS})(?![a-z]))[A-Za-z]")
 _FORMULA = [(re.compile(pattern), new) for pattern, new in (
     (r"^\\\{ ?[a-z] ?(?:\\mid|\||:)(.*)\\\}$", r"\1"),
     (r"^(?:=|\\approx)|\\approx ?[0-9]*\.[0-9]+", ""),
@@ -345,7 +349,6 @@ def settle(gold, answer):
     if re.fullmatch(r"\(?[A-J]\)?|[A-Za-z '-]*[A-Za-z]{2}[A-Za-z '-]*", gold):
         words = re.sub(r"\\text\{([^{}]*+)\}", r"\1", answer)  # to math-verify "east" is "seat"
         return float(gold.strip("()").casefold() == words.strip(" ().").casefold())
-
     for pattern, new in _FORMULA:
         gold, answer = pattern.sub(new, gold).strip(), pattern.sub(new, answer).strip()
     if "=" in gold:
@@ -390,11 +393,9 @@ class Verifier(contextlib.AbstractContextManager):
     def verify(self, responses, golds, after_think=False):
         r"""1.0 for each response whose last \boxed{} equals its gold, else 0.0, in input order; a
         gold in <answer> tags wants the same in the response's last ones, and no box counts.
-
         `after_think`: only what stands after the last `</think>` is read.  As in the authors'
         evaluation, a response without it is read whole, also one that was cut off while it
-        thought; in training the caller gives that one 0.
-        """
+        thought; in training the caller gives that one 0."""
         texts = [r.rpartition("</think>")[2] if after_think else r for r in responses]
         pairs = [(gold, (last_tagged if gold.startswith("<answer>") else last_boxed)(text) or "")
                  for text, gold in zip(texts, map(str, golds), strict=True)]
@@ -415,8 +416,8 @@ class Verifier(contextlib.AbstractContextManager):
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is the trainer's to handle
                 env={**os.environ, "PYTHONHASHSEED": "0", "CUDA_VISIBLE_DEVICES": ""})
-            if (said := worker.stdout.readline()) != b"ready\n":  # all-zero rewards would hide it
-                raise RuntimeError(f"the verifier's worker cannot start: {said.decode()}")
+            if worker.stdout.readline() != b"ready\n":  # all-zero rewards would hide it
+                raise RuntimeError("a worker cannot start; why says: verifier.py --worker 5 2048")
         with contextlib.suppress(BrokenPipeError):
             worker.stdin.write(request.encode() + b"\n")
             if said := worker.stdout.readline():
@@ -429,14 +430,10 @@ def _work(timeout, memory_mb):
     """Answers each JSON line [gold, side, ...] on stdin with a line 1 or 0: are all equal?"""
     out = os.dup(1)
     os.dup2(2, 1)  # what sympy prints is no verdict
-    try:
-        import sympy.physics.units  # noqa: F401  simplify() imports it later, and it needs eval
-        from latex2sympy2_extended import latex2sympy2
-        from math_verify import verify
-        from sympy import Expr, I, Or, Rational, Symbol, Union, lambdify
-    except Exception as error:
-        os.write(out, repr(error).encode())
-        raise
+    import sympy.physics.units  # noqa: F401  simplify() imports it later, and it needs eval
+    from latex2sympy2_extended import latex2sympy2
+    from math_verify import verify
+    from sympy import Expr, I, Or, Rational, Symbol, Union, lambdify
 
     # Model text must not become Python.  In math-verify 0.9 with sympy 1.14 it does twice: sympify
     # evals every number, and infinite sums are compiled, names from the text included.
