@@ -180,8 +180,8 @@ _SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
     (r"(?:(?<!\\)\$|(?<!\\)\\[()\[\],;:> ]|~|\s)++", " "),
     (r"\\text ?\{ ?(?:negative|minus) ?\}", "-"),
     (r"\\text ?\{([^A-Za-z{}]*+|[ei])\}", r"{\1}"),  # no words
-    (r"√ ?([0-9]++|[a-z])", r"\\sqrt{\1}"),
-    (r"\\(frac|sqrt) ?([0-9]|(?<= )[a-z])", r"\\\1{\2}"),
+    (r"(?:√|\\sqrt(?![A-Za-z])) ?([0-9]++|[a-z])", r"\\sqrt{\1}"),  # \sqrt13 is no \sqrt{1}3
+    (r"\\frac ?([0-9]|(?<= )[a-z])", r"\\frac{\1}"),
     (r"(\\frac\{[^{}]*+\}) ?([0-9a-z])", r"\1{\2}"),
     (r"([\^_]) ?\{ ?([0-9A-Za-z]) ?\}", r"\1\2"),
     (r"(?<=[0-9])_ ?\{? ?10 ?\}?(?![0-9])", " "),  # in base ten
@@ -224,10 +224,10 @@ _WORD = r"(?:[A-Za-z]{2,}+|[mshgL](?![A-Za-z]))(?:\^[23])?"
 _UNIT = re.compile(rf"(?: ?\\text\{{ ?\(?(?:{_WORD}\.?(?:[ /-]{_WORD}){{0,2}})?\)? ?\}})?")
 _CHANGING = re.compile(  # words that change what stands before them, or guess again
     r"\b(?:or|oder|and|not|no|if|when|unless|but|to|than|least|most|more|less|plus|minus|negative|"
-    r"times|over|vs|either|else|maybe|about|none|squared|cubed|power|pi|mod|base|log|ln|sin|cos|tan|"
-    r"root|rad|(?:radian|gradian|ten|st|nd|rd|th)s?|[IVXLC]{2,}|percent percent|(?:one|two|three|four|"
-    r"five|fif|six|seven|eigh|nin|eleven|twel|thir|twen|tenth|hundred|thousand|\w+illion|double|dozen|"
-    r"hal[fv]|quarter|altern|approx|otherw|undef|infin|arc|factorial)\w*)\b", re.IGNORECASE)
+    r"times|over|vs|either|else|maybe|about|none|squared|cubed|power|pi|mod|base|log|ln|sin|cos|"
+    r"tan|root|rad|(?:radian|gradian|tenth|ten|st|nd|rd|th)s?|[IVXLC]{2,}|percent percent|"
+    r"(?:one|two|three|four|fi[fv]|six|seven|eigh|nin|eleven|twel|thir|twen|hundred|thousand|dozen|"
+    r"\w+illion|hal[fv]|quarter|altern|approx|otherw|undef|infin|arc|factorial)\w*)\b", re.I)
 _ARITHMETIC = re.compile(r"(?:[0-9 */^(){}]|\.(?=[0-9])|[-+](?! ?[-+])|!(?!!)|"
                          r"\\(?:cdot|div|bmod|frac|binom|sqrt)(?![A-Za-z]))*+")
 _PYTHON = [(re.compile(pattern), new) for pattern, new in (  # for its grammar, never its eval
