@@ -299,17 +299,16 @@ _NAME = re.compile(  # AB^2, |z|^2, and sums and products of names: 100m+n; not 
 
 def states(answer, gold):
     """Is each side of `x = 6/4 = 1.5` a name, or a number that agrees with the gold?"""
-    if re.fullmatch(r"[0-9]++ ?- ?[0-9]++", answer):
-        return False  # 1-10 is a range
     answer = re.sub(r"\\sum ?_ ?\{[^{}]*+\}", r"\\sum", answer)  # its i=1 is no equation
-    congruence = re.fullmatch(r"(.*?) ?\\pmod ?\{? ?([1-9][0-9]{0,9}) ?\}?", answer)
-    sides = re.split(r" ?(?:=|\\approx|\\equiv) ?", congruence[1] if congruence else answer)
+    answer, congruent, modulus = answer.partition(r"\pmod")
+    sides = re.split(r" ?(?:=|\\approx|\\equiv) ?", answer.strip())
     numbers = [read_number(side) for side in sides[sides[0] == "":]  # `= 5` has an empty side
                if not _NAME.fullmatch(side) or _CHANGING.search(side)]
-    if not numbers or None in numbers:
-        return False
-    if congruence and agree(gold, numbers[-1]):  # 2025 \equiv 25 \pmod{1000}
-        return not any((number[0] - gold[0]) % int(congruence[2]) for number in numbers)
+    if not numbers or None in numbers or re.fullmatch(r"[0-9]++ ?- ?[0-9]++", answer):
+        return False  # 1-10 is a range
+    if congruent and agree(gold, numbers[-1]):  # 2025 \equiv 25 \pmod{1000}
+        modulus = re.fullmatch(r" ?\{? ?([1-9][0-9]{0,9}) ?\}?", modulus)
+        return bool(modulus) and not any((n[0] - gold[0]) % int(modulus[1]) for n in numbers)
     return (any(agree(gold, number) for number in numbers)  # others may be rounded: 16/3 = 5.33
             and all(agree(gold, number) or agree(number, gold) for number in numbers))
 

@@ -4,6 +4,7 @@ Of the answers generated from the benchmarks' golds a fixed sample is graded; al
 minutes, with `python tests/test_verifier.py --all`.
 """
 import json
+import math
 import os
 import random
 import re
@@ -27,7 +28,7 @@ from verifier import Verifier, last_boxed, load_questions, read_number, settle  
 SHARED = ROOT.parent / "shared/data"  # third-party data, not part of the repository
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no {SHARED}")
 ALL = "--all" in sys.argv
-ENDLESS = r"\prod_{n=1}^{10^{9}} n! + \sqrt{2}"
+ENDLESS = r"\binom{10^9}{5\cdot 10^8}+x"  # a worker never returns from it
 ALGEBRA = (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt{3}}")  # equal, and only a worker sees it
 
 
@@ -144,9 +145,9 @@ def test_two_numbers_side_by_side_are_never_their_sum(verifier):
     forms = ["(@)(#)", "@(#)", "@ #", "@{#}", r"@\frac{#}{1}", r"@(\frac{#}{1})", r"@\binom{#}{1}",
              r"@\sqrt{#}", "@ (#)", r"(@)\frac{#}{1}", r"\frac{@}{1}\frac{#}{1}", r"@\,#", "[@][#]"]
     pairs = [(str(a + b), form.replace("@", str(a)).replace("#", str(b)))
-             for form in forms for a in range(1, 10) for b in range(2, 10) if a + b != a * b]
-    assert [pair for pair, verdict in zip(pairs, grade(verifier, pairs)) if verdict
-            and pair[1] != f"1({pair[0]})"] == []
+             for form in forms for a in range(1, 10) for b in range(2, 10)
+             if a + b not in (a * b, a * math.sqrt(b))]
+    assert [pair for pair, verdict in zip(pairs, grade(verifier, pairs)) if verdict] == []
 
 
 @pytest.mark.parametrize("text, value", [
@@ -312,7 +313,7 @@ def children():
 
 
 def test_a_timeout_costs_one_answer():
-    with Verifier(workers=2, timeout=1.0) as own:
+    with Verifier(workers=2, timeout=4.0) as own:
         pairs = [ALGEBRA, (r"\sqrt{5}", ENDLESS), ("x^2-1", "(x-1)(x+1)"), ("x^2-4", "(x-1)(x+1)")]
         assert grade(own, pairs) == [1.0, 0.0, 1.0, 0.0]
         assert own.stopped == 1
@@ -355,7 +356,7 @@ def test_no_process_is_left_after_close():
 def test_an_interrupt_leaves_no_late_verdict():
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from verifier import Verifier\n"
             "own = Verifier(workers=1, timeout=3)\n"
-            "try: own.verify([r'\\boxed{%s}'], [r'\\sqrt{5}'])\n"
+            "try: own.verify([r'\\boxed{%s}'], [r'\\sqrt{5}']); print('nothing', flush=True)\n"
             "except KeyboardInterrupt: print('interrupted', flush=True)\n"
             "print(own.verify([r'\\boxed{1+x+0}'], ['x+1']), flush=True)\n" % ENDLESS)
     run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -386,7 +387,8 @@ def test_workers_that_cannot_start_stop_the_run(monkeypatch, tmp_path):
 
 def test_model_text_is_never_executed():
     """eval and exec are out of reach in a worker; math-verify alone would get to both."""
-    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import verifier, json\n"
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import verifier\n"
+            "import math_verify, sympy.physics.units  # their own imports compile\n"
             "seen = []\n"
             "sys.addaudithook(lambda event, args: seen.append(args) if event == 'compile' else 0)\n"
             "verifier._work(30, 4096)\n"
