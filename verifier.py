@@ -98,7 +98,7 @@ def _parse_question(row):
     if column is None:
         raise ValueError("no question (looked for prompt, problem, question)")
     messages = [dict(role="user", content=row[column])]
-    if isinstance(row[column], list) and isinstance(row[column][0], dict):
+    if isinstance(row[column], list) and all(isinstance(m, dict) for m in row[column]):
         messages = [dict(message) for message in row[column]]
     elif isinstance(row.get("system"), str):
         messages.insert(0, dict(role="system", content=row["system"]))

@@ -138,7 +138,7 @@ def test_grades():
         assert verifier.verify(RIGHT, ["<answer>B</answer>"] * len(RIGHT)) == [1.0] * len(RIGHT)
         grades = verifier.verify(WRONG, ["<answer>B</answer>"] * len(WRONG))
         assert [text[:40] for text, grade in zip(WRONG, grades) if grade] == []
-        assert not verifier._pool  # strings settle it
+        assert not verifier._started  # strings settle it
 
 
 def test_after_think_what_was_thought_is_no_answer():
