@@ -11,8 +11,8 @@ on the second it costs a third to two thirds of the score, although every answer
     torchrun --nproc_per_node 8 evaluate.py --model $M runs/sft/*/checkpoints/step_75     # Table 2
 
 --data is JSON Lines with `prompt` (messages, or the user's text) and `response` or `completion`, or
-with `messages` that end with the assistant's. The loss is the cross-entropy of the response and the
-end token after it, a mean over all tokens of a batch. The same command again resumes the run.
+with `messages` of which the last is the assistant's. The loss is the cross-entropy of the response
+and its end token, a mean over all tokens of a batch. The same command again resumes the run.
 
 Neither the paper nor the authors' code says how they trained. Ours is common practice for 800 long
 answers and a 7B model: full fine-tuning, 3 epochs, 32 examples a step (75 steps), AdamW at 1e-5,
@@ -20,7 +20,7 @@ linear warm-up over the first tenth, then a cosine to 0, gradients clipped at 1.
 
 Watch: `loss` starts low, since the model wrote the answers itself (d_ug lower than d_sg: without
 the solution in the prompt a short answer is less likely), and falls slowly. In evaluate.py's table
-length and epistemic stay with d_ug, and fall with d_sg.
+length and epistemic change little with d_ug, and fall with d_sg.
 """
 import argparse
 import itertools
@@ -100,34 +100,39 @@ class Example:
         return len(self.prompt_ids) + len(self.response_ids)
 
 def messages_and_response(row):
-    """([message], response) of a line; ValueError if it holds none."""
-    if "messages" in row:
-        *messages, last = row["messages"]
-        response = last["content"] if last["role"] == "assistant" else None
-    else:
-        messages, response = row["prompt"], row.get("response", row.get("completion"))
-        messages = [dict(role="user", content=messages)] if isinstance(messages, str) else messages
-    texts = [response, *(m[key] for m in messages for key in ("role", "content"))]
-    if len(texts) < 3 or not all(isinstance(text, str) and text.strip() for text in texts):
+    """([message] of the prompt, text of the response) of a line in any of the three forms."""
+    def chat(role, text):
+        return text if isinstance(text, list) else [dict(role=role, content=text)]
+    *messages, last = row.get("messages") or [
+        *chat("user", row.get("prompt")),
+        *chat("assistant", row.get("response") or row.get("completion"))]
+    texts = [m[key] for m in [*messages, last] for key in ("role", "content")]
+    if not messages or not all(isinstance(text, str) and text.strip() for text in texts):
         raise ValueError("a text is empty or missing")
-    return messages, response
+    if last["role"] != "assistant":
+        raise ValueError("the last message is not the assistant's")
+    return messages, last["content"]
 
 def read_examples(path, tokenizer, args):
     """[Example] of a .jsonl file; drops those that are too long.
 
     The response becomes tokens again and gets the end token that the template writes after it.
     """
-    examples, kept = [], []
-    for line, text in enumerate(Path(path).read_text(encoding="utf-8-sig").split("\n"), 1):
-        if text.strip():
-            try:
-                messages, response = messages_and_response(json.loads(text))
-                prompt_ids = render(tokenizer, messages, args.enable_thinking)
-            except Exception as error:  # not JSON, no such key, or what a template refuses
-                raise ValueError(f"--data {path}, line {line}: needs a prompt and a response "
-                                 f"({error!r})") from None
+    examples = []
+    for line, text in enumerate(Path(path).read_bytes().split(b"\n"), 1):
+        if not text.strip():
+            continue
+        try:
+            messages, response = messages_and_response(json.loads(text.decode("utf-8-sig")))
+            prompt_ids = render(tokenizer, messages, args.enable_thinking)
+            if tokenizer.decode(prompt_ids).endswith("<think>\n"):
+                # DeepSeek-R1-Distill's template writes it: a second one would be trained
+                response = re.sub(r"^\s*<think>\n?", "", response)
             response_ids = tokenizer.encode(response, add_special_tokens=False)
-            examples.append(Example(prompt_ids, [*response_ids, tokenizer.eos_token_id], response))
+        except Exception as error:  # what JSON, a template and a tokenizer raise: no common class
+            raise ValueError(f"--data {path}, line {line}: needs a prompt and a response "
+                             f"({type(error).__name__}: {error})") from None
+        examples.append(Example(prompt_ids, [*response_ids, tokenizer.eos_token_id], response))
     kept = [r for r in examples if len(r.prompt_ids) <= args.max_prompt_tokens
             and len(r.response_ids) <= args.max_response_tokens]
     say(f"{path}: {len(kept):,} of {len(examples):,} examples fit --max_prompt_tokens and "
@@ -257,9 +262,9 @@ def main():
             args.model, args.max_prompt_tokens + args.max_response_tokens)
         examples = read_examples(args.data, tokenizer, args)
         batches = make_batches(examples, args)
-        args.steps = len(batches)
+        args.examples, args.steps = len(examples), len(batches)  # a run resumes with the same data
         begin_run(args)
-    except Exception as error:  # what transformers and Jinja raise has no common class
+    except Exception as error:  # what transformers raises has no common class
         parser.error(" ".join(str(error).split()))
     if args.steps in resumable(args.run_dir):
         return say(f"{args.run_dir} has finished its {args.steps} steps")
@@ -280,7 +285,7 @@ def main():
         if step % args.save_every == 0 or step == args.steps:
             save_checkpoint(model, tokenizer, step, optimizer.tensors(), args.run_dir)
     say(f"results are in {args.run_dir}")
-    del ddp  # freed after the group is gone, it can hang (gloo, torch 2.13)
+    del ddp  # before its process group: afterwards that may hang (gloo, torch 2.13)
     dist.destroy_process_group()
 
 # --- logging (from here on nothing of the paper) -------------------------------------------------
