@@ -10,7 +10,6 @@
 Each replaces one function of `sdpo` or `evaluate`; `make controls` runs them all.
 """
 
-import argparse
 import collections
 import json
 import sys
@@ -26,8 +25,8 @@ import problems
 import sdpo
 
 
-def flag(name):
-    return sys.argv[sys.argv.index(name) + 1]
+def tokenizer_of_run():
+    return sdpo.load_tokenizer(sys.argv[sys.argv.index("--model") + 1], 1)[1]
 
 
 def marker_ids(tokenizer):
@@ -39,8 +38,8 @@ def without_loss(silent):
     token_losses = sdpo.token_losses
 
     def replaced(hidden, head, targets, *args, **kwargs):
-        loss, *others = token_losses(hidden, head, targets, *args, **kwargs)
-        return loss * ~silent(targets), *others
+        loss, logprobs = token_losses(hidden, head, targets, *args, **kwargs)
+        return loss * ~silent(targets), logprobs
 
     sdpo.token_losses = replaced
 
@@ -51,20 +50,25 @@ def no_markers(tokenizer):
     no_marker_loss is not that: where doubt is an open choice, it drops the loss if the student has
     chosen a marker and keeps it if not, with the teacher's whole pull away from the marker.
     """
-    ids, token_losses = torch.tensor(marker_ids(tokenizer)), sdpo.token_losses
+    markers = torch.tensor(marker_ids(tokenizer))
+    teacher_buckets, token_losses = sdpo.teacher_buckets, sdpo.token_losses
 
     def without(head):
-        return lambda hidden: head(hidden).index_fill(-1, ids, -1e4)
+        return lambda hidden: head(hidden).index_fill(-1, markers, -1e4)
 
-    def replaced(hidden, head, targets, temperature, teacher=None, *args):
-        loss, logprobs, kl = token_losses(hidden, head, targets, temperature)
-        if teacher is not None:
-            loss, _, kl = token_losses(hidden, without(head), targets, temperature,
-                                       (teacher[0], without(teacher[1])), *args)
-            loss = loss * ~torch.isin(targets, ids)
-        return loss, logprobs, kl
+    def buckets_without(student, teacher, *args):
+        (hidden, head), (teacher_hidden, teacher_head) = student, teacher
+        return teacher_buckets((hidden, without(head)), (teacher_hidden, without(teacher_head)),
+                               *args)
 
-    sdpo.token_losses = replaced
+    def losses_without(hidden, head, targets, temperature, *buckets, **alpha):
+        _, logprobs = token_losses(hidden, head, targets, temperature)
+        if not buckets:
+            return torch.zeros_like(logprobs), logprobs
+        loss, _ = token_losses(hidden, without(head), targets, temperature, *buckets, **alpha)
+        return loss * ~torch.isin(targets, markers), logprobs
+
+    sdpo.teacher_buckets, sdpo.token_losses = buckets_without, losses_without
 
 
 def no_marker_loss(tokenizer):
@@ -88,7 +92,7 @@ def other_question(_):
 
     def replaced(group, i, rng):
         if i == 0:
-            own = (r for r in group if r.reward >= 0.5 and r.finished)
+            own = (r for r in group if r.reward >= 0.5)
             correct[:] = correct[1], next(own, correct[1])
         return choose(group, i, rng) and correct[0]
 
@@ -98,13 +102,12 @@ def other_question(_):
 def banned():
     import evaluate
 
-    ids, answer = marker_ids(sdpo.load_tokenizer(flag("--model"), 1)[0]), evaluate.answer
+    bias, generate = dict.fromkeys(marker_ids(tokenizer_of_run()), -100), evaluate.generate
 
-    def replaced(llm, verifier, questions, name, params, seed):
-        params.logit_bias = dict.fromkeys(ids, -100)
-        return answer(llm, verifier, questions, name, params, seed)
+    def replaced(*args, **sampling):
+        return generate(*args, logit_bias=bias, **sampling)
 
-    evaluate.answer = replaced
+    evaluate.generate = replaced
     evaluate.main()
 
 
@@ -139,10 +142,15 @@ def main():
     elif control == "banned":
         banned()
     elif control in ("no_markers", "no_marker_loss", "no_answer_loss", "other_question"):
-        globals()[control](sdpo.load_tokenizer(flag("--model"), 1)[0])
-        parse_args = sdpo.parse_args
-        # into config.json, so that report.py takes it for no run of the plain sdpo.py
-        sdpo.parse_args = lambda: argparse.Namespace(**vars(parse_args()), control=control)
+        globals()[control](tokenizer_of_run())
+        make_parser = sdpo.make_parser
+
+        def replaced():
+            parser = make_parser()
+            # into config.json, so that report.py takes it for no run of the plain sdpo.py
+            parser.set_defaults(control=control)
+            return parser
+        sdpo.make_parser = replaced
         sdpo.main()
     else:
         sys.exit(__doc__)
