@@ -171,7 +171,7 @@ def read_result(path, key):
     except ValueError as error:
         sys.exit(f"error: {path} is damaged ({error}): remove it, and it is evaluated again")
 
-def evaluate(llm, verifier, questions, name, sampling, args):
+def sample_benchmark(llm, verifier, questions, name, sampling, args):
     """The records of every question's answers; each rank samples its share."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     mine = list(enumerate(questions))[rank::ranks]
@@ -221,7 +221,7 @@ def main():
                     sleep(llm)
                     sync_weights(llm, load_model(models[model], torch.device("cpu")))
                     loaded = model
-                records = evaluate(llm, verifier, benchmarks[name], name, sampling, args)
+                records = sample_benchmark(llm, verifier, benchmarks[name], name, sampling, args)
                 if dist.get_rank() == 0:
                     write_lines(path, records)
                     path.with_suffix(".key").write_text(keys[model, name])

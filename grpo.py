@@ -212,6 +212,8 @@ def sample_groups(llm, verifier, questions, step, args):
     for row, (question, outputs) in enumerate(zip(mine, groups), first_row):
         group = [Rollout(row, question["prompt_ids"], list(o.token_ids), o.logprobs.logprobs,
                          o.text, o.finish_reason == "stop", o.reward) for o in outputs]
+        for r in group:
+            r.reward *= r.finished  # a cut answer earns nothing, whatever box it holds so far
         for r, advantage in zip(group, group_advantages([r.reward for r in group])):
             r.advantage = advantage
         rollouts += group
@@ -493,7 +495,8 @@ def log(args, step, rollouts, metrics, seconds):
     if args.wandb:
         import wandb
         wandb.log(m, step=step)
-    left = timedelta(seconds=round((args.steps - step) * sum(seconds.values())))
+    minutes = (args.steps - step) * sum(seconds.values()) / 60
+    left = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
     say(f"step {step}/{args.steps}  {epistemic.line(m)}  loss {m['loss']:.3f}  {left} left")
     if m["skipped"] or not m["trained"]:
         say(f"  {m['skipped']} updates skipped: the gradient was not finite" if m["skipped"] else

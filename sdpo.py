@@ -249,11 +249,8 @@ class Rollout:
         return prompt + len(self.response_ids)
 
 def choose_demonstration(group, i, rng):
-    """A correct sibling of rollout i, at random; None if there is none.
-
-    Never i itself, and none that was cut: "without_think" would show its unfinished think part.
-    """
-    siblings = [r for j, r in enumerate(group) if r.reward >= 0.5 and r.finished and j != i]
+    """A correct sibling of rollout i, never i itself, at random; None if there is none."""
+    siblings = [r for j, r in enumerate(group) if r.reward >= 0.5 and j != i]
     return rng.choice(siblings) if siblings else None
 
 def set_teacher_prompts(question, group, tokenizer, rng, args):
@@ -275,6 +272,8 @@ def sample_groups(llm, verifier, tokenizer, questions, step, args):
     for row, (question, outputs) in enumerate(zip(mine, groups), first_row):
         group = [Rollout(row, question["prompt_ids"], list(o.token_ids), o.logprobs.logprobs,
                          o.text, o.finish_reason == "stop", o.reward) for o in outputs]
+        for r in group:
+            r.reward *= r.finished  # a cut answer earns nothing, whatever box it holds so far
         rng = random.Random(f"{args.seed}/{step}/{row}")  # the same draws with any number of ranks
         set_teacher_prompts(question, group, tokenizer, rng, args)
         rollouts += group
@@ -568,7 +567,8 @@ def log(args, step, rollouts, metrics, seconds):
     if args.wandb:
         import wandb
         wandb.log(m, step=step)
-    left = timedelta(seconds=round((args.steps - step) * sum(seconds.values())))
+    minutes = (args.steps - step) * sum(seconds.values()) / 60
+    left = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
     say(f"step {step}/{args.steps}  {epistemic.line(m)}  loss {m['loss']:.3f}  {left} left")
     if m["skipped"] or not m["trained"]:
         say(f"  {m['skipped']} updates skipped: the gradient was not finite" if m["skipped"] else

@@ -298,8 +298,9 @@ def log(args, step, batch, metrics, seconds):
         import wandb
         wandb.log(m, step=step)
     result = f"loss {m['loss']:.3f}" if m["updates"] else "skipped: gradient not finite"
-    say(f"step {step}/{args.steps}  {result}  {m['tokens_per_second']:,.0f} tokens/s  "
-        f"{timedelta(seconds=round((args.steps - step) * seconds))} left")
+    minutes = (args.steps - step) * seconds / 60
+    left = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
+    say(f"step {step}/{args.steps}  {result}  {m['tokens_per_second']:,.0f} tokens/s  {left} left")
 
 class progress(tqdm):
     """A bar that leaves no line on a terminal; elsewhere it writes once a minute at most."""

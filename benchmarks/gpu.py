@@ -1,4 +1,4 @@
-"""All that only a GPU can show, as one command; prints the rows of the README's table.
+"""All that only a GPU can show, as one command; prints rows for README.md.
 
     python benchmarks/gpu.py                       # Qwen3-8B's shape: about an hour on one GPU
     python benchmarks/gpu.py --model qwen3-1.7b

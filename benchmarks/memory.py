@@ -1,6 +1,6 @@
 """What fits which GPUs, and hours a step: the arithmetic, and how far the measurements are from it.
 
-    python benchmarks/memory.py          # the README's hardware table: computed, no GPU needed
+    python benchmarks/memory.py          # README.md's hardware table: computed, no GPU needed
 
 A rank's GPU holds, in turn (sdpo.py: sleep, with_gradients, load_teacher, free):
     sampling   the student's weights, and vLLM within its --gpu_memory_utilization: weights, KV
@@ -25,7 +25,7 @@ ASLEEP = 4 * GB  # while vLLM sleeps: CUDA context, graphs, NCCL; so that 68 GB 
 RESERVE = 2 * GB  # what torch's allocator cannot use, in pieces
 CHUNK = 512  # positions through the head at once (sdpo.CHUNK)
 
-# What the hours are computed from. Measured at commit f0305a4 on one H100 (NOTES.md): an 8B update
+# What the hours are computed from. Measured at commit f0305a4 on one H100 (README.md): an 8B update
 # runs at 51.6% of 771 TFLOP/s, and one decoding step of 32 short answers takes 8.2 ms: 16.4 GB of
 # weights at 2.0 TB/s, 60% of the memory's rate. Nobody has timed rollouts of 10,000 tokens.
 UPDATE_RATE = 0.516 * 771e12

@@ -93,7 +93,8 @@ def assert_same_gradient(got, wanted, tolerance=2e-5):
     scale = max(g.abs().max() for g in wanted.values())
     assert scale > 0 and got.keys() == wanted.keys()
     for name, g in wanted.items():
-        assert (got[name] - g).abs().max() <= tolerance * scale, name
+        error = (got[name] - g).abs().max() / scale
+        assert error <= tolerance, f"{name}: {error:.2g}"
 
 
 def refusal(act, *args):

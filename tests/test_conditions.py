@@ -10,7 +10,7 @@ import torch
 
 import epistemic
 import generate_conditions as conditions
-from common import ROOT, needs_tokenizers, refusal, refusal_of_main, tokenizer_of
+from common import ROOT, needs_tokenizers, refusal_of_main, tokenizer_of
 
 
 # ---------------------------------------------------------------------------------------- prompts
@@ -41,11 +41,16 @@ TABLE_12 = {  # model: (what comes before the user's text, what comes after with
 }
 
 
+def guided(messages, context):
+    """The chat of a context whose solution is S."""
+    return conditions.teacher_messages(messages, S, context, heading="\n\nCorrect solution: ")
+
+
 def assert_prompts(name):
     tokenizer = tokenizer_of(name)
     before, thinking, off = TABLE_12[name]
     chats = [(CHAT, QUESTION)]  # (1): the plain question
-    chats += [(conditions.guided_messages(CHAT, context, S), QUESTION + shown)
+    chats += [(guided(CHAT, context), QUESTION + shown)
               for context, shown in SHOWN.items()]
     for messages, text in chats:
         for enabled, after in ((True, thinking), (False, off or thinking)):
@@ -72,22 +77,9 @@ def test_contexts_are_the_tables_rows():
 
 def test_a_guided_chat_keeps_its_system_message_and_the_plain_one_its_question():
     chat = [dict(role="system", content="Be brief."), *CHAT]
-    guided = conditions.guided_messages(chat, "full", S)
-    assert guided == [chat[0], dict(role="user", content=QUESTION + SHOWN["full"])]
+    chats = guided(chat, "full")
+    assert chats == [chat[0], dict(role="user", content=QUESTION + SHOWN["full"])]
     assert chat[1]["content"] == QUESTION  # it is asked again, without
-
-
-@pytest.mark.parametrize("response, shown", [
-    (S, "So \\boxed{2}."),
-    ("Wait.\n</think>\n\nSo 2.", "So 2."),  # DeepSeek: the template opened it
-    ("<think>\n\n</think>\n\nSo 2.", "So 2."),  # Qwen3 with thinking off
-    ("<think>a</think> b <think>c</think> d", "b d"),
-    ("So 2.", "So 2."),
-])
-def test_without_think(response, shown):
-    assert conditions.demonstration_text(response, "without_think") == shown
-    for context in ("full", "regenerated", "uncertain"):
-        assert conditions.demonstration_text(response, context) == response
 
 
 # ----------------------------------------------------------------------------------------- tables
@@ -174,7 +166,8 @@ def test_summary_and_table_by_hand():
 
 UNGUIDED = ["00000000", "00000001", "01100000", "00001111", "11110100", "01000100", "11111111"]
 GUIDED = ["11111111", "00100000", "00000000", "11111111", "11111111", "00000011", "11111111"]
-ARGS = Namespace(accuracy=[0.125, 0.5], samples=8, seed=0)
+ARGS = Namespace(accuracy=[0.125, 0.5], samples=8, seed=0, temperature=0.6, top_p=0.95, top_k=20,
+                 max_response_tokens=640, enable_thinking=True)
 
 
 CHATS = [[dict(role="user", content=f"Question {i}?")] for i in range(35)]
@@ -186,26 +179,32 @@ def question(i):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Every chat that `ask` gets, as (question, its text after it): the answers are scripted."""
-    chats_seen = []
+    """Every prompt that `generate` gets, as (question, its text after it): the answers are
+    scripted."""
+    seen = []
 
-    def ask(llm, verifier, tokenizer, chats, golds, seed, args):
+    def generate(llm, verifier, questions, seed, after_think, **sampling):
+        assert after_think and sampling["n"] == 8 and sampling["max_tokens"] == 640
         groups = []
-        for (message,), gold in zip(chats, golds, strict=True):
-            i, rest = re.fullmatch(r"Question (\d+)\?(.*)", message["content"], re.S).groups()
-            assert gold == f"gold{i}"
-            chats_seen.append((int(i), rest))
+        for q in questions:
+            i, rest = re.fullmatch(r"Question (\d+)\?(.*)", q["prompt_ids"], re.S).groups()
+            assert q["answer"] == f"gold{i}"
+            seen.append((int(i), rest))
             marks = (GUIDED if rest else UNGUIDED)[int(i) % 7]
             # what was shown is part of the answer, so that (2) can be told from the others
             name = "plain" if not rest else "sure" if rest.endswith(CLOSE) else "doubtful"
-            groups.append(group(f"<think>hm</think>\n{name} answer to {i}, number ", marks))
+            groups.append([Namespace(
+                text=r["response"], reward=r["correct"], token_ids=[1] * r["tokens"],
+                finish_reason="stop") for r in group(
+                    f"<think>hm</think>\n{name} answer to {i}, number ", marks)])
         return groups
 
-    monkeypatch.setattr(conditions, "ask", ask)
+    monkeypatch.setattr(conditions, "generate", generate)
+    monkeypatch.setattr(conditions, "render", lambda _, messages, thinking: messages[-1]["content"])
     monkeypatch.setattr(conditions, "exchange", lambda items: items)
     monkeypatch.setattr(conditions.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(conditions.dist, "get_world_size", lambda: 1)
-    return chats_seen
+    return seen
 
 
 def ask_round(to_study, want_pairs, args=ARGS):
@@ -261,56 +260,22 @@ def test_only_as_many_as_to_study_get_five_contexts(asked, to_study, studied):
     assert len(asked) == 7 + 4 * len(studied)  # nobody is asked for pairs that nobody wants
 
 
-def test_ask_marks_answers_in_their_order(monkeypatch):
-    asked = []
-
-    def generate(prompts, params, use_tqdm):
-        asked.extend(zip(prompts, params, strict=True))
-        return [Namespace(outputs=[
-            Namespace(text=f"{i}{j} maybe", token_ids=[1] * (10 * i + j),
-                      finish_reason="stop" if j else "length") for j in range(3)])
-            for i in range(len(prompts))]
-
-    def verify(texts, golds, after_think):
-        assert after_think and [t[0] for t in texts] == list("000111")
-        assert golds == ["a"] * 3 + ["b"] * 3
-        return [0.0, 1.0, 0.0, 1.0, 1.0, 0.0]
-
-    monkeypatch.setitem(sys.modules, "vllm",
-                        Namespace(SamplingParams=lambda **settings: Namespace(**settings)))
-    monkeypatch.setattr(conditions, "render", lambda tokenizer, messages, thinking: messages)
-    llm = Namespace(generate=generate,
-                    llm_engine=Namespace(model_config=Namespace(max_model_len=100)))
-    args = Namespace(samples=3, temperature=0.6, top_p=0.95, top_k=20, max_response_tokens=64,
-                     enable_thinking=True)
-    groups = conditions.ask(llm, Namespace(verify=verify), None, [[1] * 30, [1] * 40], ["a", "b"],
-                            0, args)
-    assert [[r["correct"] for r in g] for g in groups] == [[0, 1, 0], [1, 1, 0]]
-    assert [r["tokens"] for r in groups[1]] == [10, 11, 12]
-    assert [r["finished"] for r in groups[1]] == [False, True, True]
-    assert all(r["epistemic"] == 1 for g in groups for r in g)
-    assert [p["prompt_token_ids"] for p, _ in asked] == [[1] * 30, [1] * 40]
-    assert [(p.n, p.temperature, p.top_p, p.top_k) for _, p in asked] == [(3, 0.6, 0.95, 20)] * 2
-    assert [p.max_tokens for _, p in asked] == [64, 60]  # what room the prompt leaves
-
-
-def test_a_run_that_was_cut_goes_on_and_ends_alike(asked, tmp_path, monkeypatch, capsys):
-    ask, engine = conditions.ask, Namespace(
+def test_a_run_that_was_killed_resumes_and_ends_alike(asked, tmp_path, monkeypatch, capsys):
+    generate, engine = conditions.generate, Namespace(
         llm_engine=Namespace(engine_core=Namespace(shutdown=lambda: None)))
     for name, value in dict(
-            load_tokenizer=lambda model, longest: (None, Namespace(max_position_embeddings=4096)),
-            with_prompts=lambda source, tokenizer, args: [
-                dict(question(i), index=None) for i in range(35)],
+            load_tokenizer=lambda model, positions: ("x", None),
+            read_questions=lambda source, tokenizer, args: [question(i) for i in range(35)],
             start_process_group=lambda: torch.device("cpu"), Verifier=contextlib.nullcontext,
-            load_engine=lambda *arguments: engine).items():
+            start_engine=lambda *arguments: engine).items():
         monkeypatch.setattr(conditions, name, value)
 
     def run(folder, limit=None):
-        def limited(*arguments):
+        def limited(*arguments, **settings):
             if limit is not None and len(asked) >= limit:
                 raise KeyboardInterrupt
-            return ask(*arguments)
-        monkeypatch.setattr(conditions, "ask", limited)
+            return generate(*arguments, **settings)
+        monkeypatch.setattr(conditions, "generate", limited)
         monkeypatch.setattr(sys, "argv", [
             "generate_conditions.py", "--model", "x", "--data", "d", "--num_questions", "6",
             "--sft_examples", "16", "--questions_per_round", "7", "--max_response_tokens", "640",
@@ -349,7 +314,7 @@ def test_a_run_that_was_cut_goes_on_and_ends_alike(asked, tmp_path, monkeypatch,
 
 
 def parse(*flags):
-    return conditions.parse_args(["--model", "x", *map(str, flags)])
+    return conditions.make_parser().parse_args(["--model", "x", *map(str, flags)])
 
 
 def test_defaults_are_the_papers():
@@ -360,42 +325,38 @@ def test_defaults_are_the_papers():
     assert {name: getattr(args, name) for name in sec_3_and_4} == sec_3_and_4
 
 
-@pytest.mark.parametrize("low, high", [(0, 0.5), (0.5, 0.125), (0.5, 1.5), (-1, 0.5), ("nan", 0.5)])
-def test_accuracy_has_bounds(low, high):
-    assert "--accuracy" in refusal(conditions.check_args, parse("--accuracy", low, high))
+def test_a_folder_belongs_to_flags_model_and_data(tmp_path):
+    data = tmp_path / "d.jsonl"
+    data.write_text("1")
+    flags = ["--out", tmp_path / "out", "--data", data]
 
-
-@pytest.mark.parametrize("flags, said", [
-    (["--temperature", 0], "--temperature"), (["--sft_examples", -1], "--sft_examples")])
-def test_other_limits(flags, said):
-    assert said in refusal(conditions.check_args, parse(*flags))
-
-
-def test_a_folder_goes_on_as_it_was_begun(tmp_path):
-    flags = ["--out", tmp_path / "out"]
-    conditions.check_args(parse(*flags))  # new
-    (tmp_path / "out").mkdir()
-    conditions.write_lines(tmp_path / "out/config.json", [vars(parse(*flags))])
-    conditions.check_args(parse(*flags))
-
-    def refused(*more):
-        return refusal(conditions.check_args, parse(*flags, *more))
-    assert refused("--seed", 1).startswith(f"error: --seed 1: {tmp_path}/out was begun with 0")
-    assert "--accuracy [0.25, 0.5]" in refused("--accuracy", 0.25, 0.5)
-    assert "--model y" in refused("--model", "y")
+    def check(*more):
+        return conditions.check_args(parse(*flags, *more), "x")
+    conditions.write_lines(tmp_path / "out/config.json", [check()])
+    check()
+    for more, said in ((["--seed", 1], "--seed was 0"), (["--model", "y"], "--model was x"),
+                       (["--accuracy", 0.25, 0.5], "--accuracy was"),
+                       (["--accuracy", 0.5, 0.25], "0 < LOW <= HIGH")):
+        with pytest.raises(ValueError, match=said):
+            check(*more)
+    data.write_text("2")
+    with pytest.raises(ValueError, match="or files have changed: --inputs was"):
+        check()
     (tmp_path / "other").mkdir()
     (tmp_path / "other/file").write_text("")
-    assert "holds something else" in refused("--out", tmp_path / "other")
+    with pytest.raises(ValueError, match="holds something else"):
+        check("--out", tmp_path / "other")
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--num_questions", "0"], "0 must be at least 1"),
-    (["--accuracy", "0.5"], "--accuracy"),
+    (["--num_questions", "0"], "--num_questions: 0"), (["--accuracy", "0.5"], "--accuracy"),
+    (["--accuracy", "0", "0.5"], "0 < LOW"), (["--accuracy", "nan", "0.5"], "--accuracy: nan"),
+    (["--temperature", "0"], "--temperature: 0"), (["--sft_examples=-1"], "--sft_examples: -1"),
     (["--data", "no/such.jsonl"], "no/such.jsonl"),
     (["--data", "broken.jsonl"], "broken.jsonl, line 1"),
     # a context needs room for the question, the solution and an answer
-    (["--max_prompt_tokens", "2048", "--max_response_tokens", "1025"], "4,097, more than"),
-    (["--model", "empty"], "--model empty"),
+    (["--max_prompt_tokens", "2048", "--max_response_tokens", "1025"], "4,097 together"),
+    (["--model", "empty"], "empty"),
     (["--nonsense"], "--nonsense"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, flags, said):

@@ -160,6 +160,7 @@ def test_attention_gets_no_mask(monkeypatch):
     assert asked and set(asked) == {(None, True)}
 
 
+@pytest.mark.slow
 def test_compiled_layers_give_the_gradient_of_eager_ones(alone, monkeypatch):
     """Under DDP and gradient checkpointing, with changing lengths, weights that are freed and
     loaded; the number of graphs does not grow with the updates."""
@@ -182,13 +183,13 @@ def test_compiled_layers_give_the_gradient_of_eager_ones(alone, monkeypatch):
                 sdpo.compile_layers(on_gpu(model), on_gpu(teacher))
             model.train().gradient_checkpointing_enable(dict(use_reentrant=False))
             taken = gradients_of(optimizer)
-            for size in (23, 20, 17):
+            for size in (23, 17):
                 batch = test_sdpo.make_batch(size)
                 sdpo.free(teacher)
                 sdpo.load_teacher(teacher, {}, model, ROOT / "toy/model")
                 sdpo.update(ddp, teacher, optimizer, batch, 1e-3)
                 gradients.append((copy.copy(taken), counter.frame_count))
-    for (eager, _), (compiled, _) in zip(gradients[:3], gradients[3:]):
+    for (eager, _), (compiled, _) in zip(gradients[:2], gradients[2:]):
         test_sdpo.assert_same_gradient(compiled, eager, 1e-4)
     counts = [count for _, count in gradients]
-    assert counts[:3] == [0, 0, 0] and 0 < counts[3] == counts[5] < 20
+    assert counts[:2] == [0, 0] and 0 < counts[2] == counts[3] < 10

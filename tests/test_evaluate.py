@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 import evaluate
-from common import ROOT, refusal, refusal_of_main
+from common import ROOT, refusal_of_main
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 7])
@@ -50,7 +50,14 @@ def test_summary_and_table_by_hand():
     ("runs/sdpo/checkpoints/step_10", "sdpo/step_10"),
     ("/r/d_ug/checkpoints/step_9/", "d_ug/step_9")])
 def test_a_checkpoint_is_named_after_its_run(model, name):
-    assert evaluate.model_name(model) == name
+    assert evaluate.result_names([model]) == {name: model}
+
+
+def test_two_models_of_one_name_get_two_folders_and_steps_their_order():
+    seeds = [f"runs/seed_{i}/sdpo/checkpoints/step_6" for i in (0, 1)]
+    assert evaluate.result_names(seeds) == dict(zip(seeds, seeds))
+    steps = [f"r/checkpoints/step_{n}" for n in (100, 20)]
+    assert list(evaluate.result_names([*steps, "base"])) == ["base", "r/step_20", "r/step_100"]
 
 
 @pytest.mark.parametrize("model_type, template, thinking, expected", [
@@ -64,42 +71,58 @@ def test_sampling_of_table_11(model_type, template, thinking, expected):
 
 
 def test_defaults_are_the_papers():
-    args = evaluate.parse_args(["--model", "x", "y"])
+    args = evaluate.make_parser().parse_args(["--model", "x", "y"])
     assert args.model == ["x", "y"]
     assert (args.samples, args.max_response_tokens) == (16, 38912)
     assert args.data == ["aime24", "aime25", "amc23", "math500"]
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--model", "no/such"], "--model no/such"),
-    (["--model", "a/model", "b/model"], "--model: two have one name (model model)"),
-    (["--model", "a/model", "larger"], "--model larger: another shape than a/model"),
+    (["--model", "no/such/folder"], "no/such/folder"),
+    (["--model", "a/model", "larger"], "--model larger: another shape"),
     (["--data", "no/such.parquet"], "no/such.parquet"),
-    (["--data", "a/in.jsonl", "b/in.jsonl"], "--data: two have one name (in in)"),
-    (["--out", "full"], "--out full holds something else"),
-    (["--samples", "0"], "--samples"),
-    (["--top_p", "0"], "--top_p 0.0"),
+    (["--data", "a/in.jsonl", "b/in.jsonl"], "--data: two benchmarks have one name"),
+    (["--samples", "0"], "--samples: 0"), (["--top_p", "2"], "--top_p: 2"),
+    (["--top_p", "0"], "--top_p 0"), (["--temperature", "0"], "--temperature 0"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, flags, said):
-    for folder in ("a/model", "b/model", "larger"):
+    for folder in ("a/model", "larger"):
         shutil.copytree(ROOT / "toy/model", tmp_path / folder,
                         ignore=shutil.ignore_patterns("*.safetensors"))
     config = tmp_path / "larger/config.json"
     config.write_text(json.dumps(dict(json.loads(config.read_text()), vocab_size=800)))
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full/summary.json").write_text("precious")
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        shutil.copy(ROOT / "toy/data/in.jsonl", tmp_path / name)
     monkeypatch.chdir(tmp_path)
     assert said in refusal_of_main(evaluate, monkeypatch, [
         "--model", ROOT / "toy/model", "--data", ROOT / "toy/data/in.jsonl", *flags])
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_folder_goes_on_as_it_was_begun(tmp_path):
-    def check(*flags):
-        args = evaluate.parse_args(["--model", "x", "--top_p", "1", "--top_k", "0", *flags])
-        evaluate.check_args(args, tmp_path)
-        return args
-    evaluate.write_lines(tmp_path / "config.json", [vars(check())])
-    check("--model", "x", "y")  # more models
-    assert "--samples 4" in refusal(check, "--samples", "4")
-    assert "was begun with 16" in refusal(check, "--samples", "4")
+def test_a_result_belongs_to_weights_data_and_flags(tmp_path, capsys):
+    """Another model, or other data, under the same path never gets the score found there."""
+    model, data = tmp_path / "model", tmp_path / "d.jsonl"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"a" * 3_000_000)
+    data.write_text("1")
+
+    def key(flags="16 samples"):
+        return evaluate.fingerprint(model, data, flags)
+    first = key()
+    path = tmp_path / "out/d.jsonl"
+    evaluate.write_lines(path, [dict(index=0)])
+    path.with_suffix(".key").write_text(first)
+    assert evaluate.read_result(path, key()) == [dict(index=0)]
+    assert evaluate.read_result(path, key("4 samples")) is None
+    (model / "model.safetensors").write_bytes(b"a" * 2_999_999 + b"b")
+    assert evaluate.read_result(path, key()) is None
+    (model / "model.safetensors").write_bytes(b"a" * 3_000_000)
+    assert evaluate.read_result(path, key()) == [dict(index=0)]
+    data.write_text("2")
+    assert evaluate.read_result(path, key()) is None
+    assert capsys.readouterr().out.count("evaluated again") == 3
+    assert evaluate.read_result(tmp_path / "none.jsonl", first) is None
+    path.write_text('{"index": 0')
+    with pytest.raises(SystemExit, match="d.jsonl is damaged"):
+        evaluate.read_result(path, first)

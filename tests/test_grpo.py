@@ -186,14 +186,15 @@ def test_two_ranks_give_the_gradient_of_one(tmp_path, alone, case):
 
 def test_every_group_is_compared_with_itself(alone, monkeypatch):
     answers = [[SimpleNamespace(token_ids=(7,), logprobs=SimpleNamespace(logprobs=[-1.0]), text="",
-                                finish_reason="length", reward=reward) for reward in rewards]
-               for rewards in ([1.0, 0.0, 0.0, 0.0], [1.0] * 4)]
+                                finish_reason=reason, reward=reward) for reward in rewards]
+               for rewards, reason in (([1.0, 0.0, 0.0, 0.0], "stop"), ([1.0] * 4, "length"))]
     monkeypatch.setattr(grpo, "generate", lambda *_, **__: answers)
     args = grpo.make_parser().parse_args(["--model", "m", "--rollouts", "4"])
     rollouts = grpo.sample_groups(None, None, [dict(prompt_ids=[1])] * 2, 1, args)
     assert [r.row for r in rollouts] == [0] * 4 + [1] * 4
     assert [r.advantage for r in rollouts] == [0.75, -0.25, -0.25, -0.25, 0, 0, 0, 0]
-    assert not any(r.finished for r in rollouts)
+    # a cut answer earns nothing, whatever box it holds
+    assert [r.reward for r in rollouts] == [1, 0, 0, 0, 0, 0, 0, 0]
 
 
 STEP = flags(4, 2)

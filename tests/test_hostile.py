@@ -8,7 +8,7 @@ import pytest
 from verifier import Verifier
 
 LIMIT, WORKERS = 0.5, 2
-START = 4.0  # seconds for a worker that takes the place of a killed one, at most
+START = 10.0  # seconds for a worker that takes the place of a killed one, on a busy machine
 
 
 def test_there_are_enough():
@@ -17,7 +17,8 @@ def test_there_are_enough():
 
 @pytest.mark.slow
 def test_hostile_answers():
-    cases = hostile.corpus()
+    cases = hostile.corpus()  # to numbers, which no worker sees; and all of it to a formula
+    cases += [(name, response, r"\sqrt{7}+x") for name, response, _ in cases]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.monotonic()
     with Verifier(workers=WORKERS, timeout=LIMIT) as verifier:
@@ -27,7 +28,7 @@ def test_hostile_answers():
         assert not fooled
         assert verifier.verify(["\\boxed{7}", "\\boxed{8}"], ["7", "7"]) == [1.0, 0.0]  # it lives
     seconds = time.monotonic() - start
-    stopped = verifier.timeouts + verifier.crashes
+    stopped = verifier.stopped
     assert stopped >= 5  # or they would not be hostile
     assert seconds < stopped * (LIMIT + START) / WORKERS + 30  # the others take no time to speak of
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before

@@ -23,6 +23,16 @@ ASKED = "What is 1 + 1?" + INSTRUCTION
     dict(question="What is 1 + 1?", answer=" 2 ", solution="1 + 1 is 2, so \\boxed{2}"),
     dict(prompt="What is 1 + 1?\nPlease reason step by step.", answer="2"),
     dict(prompt="What is 1 + 1?", solution="2", reward_model=None),
+    dict(prompt=CHAT, reward_model=dict(ground_truth=["2"])),
+    dict(prompt=CHAT, reward_model=dict(ground_truth='["2"]')),  # DAPO, as some copies have it
+    dict(Problem="What is 1 + 1?", Answer=2),  # AIME
+    dict(question="What is 1 + 1?", answer="One and one <<1+1=2>>2 apples.\n#### 2"),  # GSM8K
+    dict(problem="What is 1 + 1?", solution="Adding, $1+1=\\boxed{2}$.", level="1"),  # MATH
+    dict(question="What is 1 + 1?", final_answer="2", r1_solution_1="Well..."),  # DeepMath
+    dict(source="cn_k12", problem="What is 1 + 1?", solution="It is $\\boxed{2}$.",  # NuminaMath
+         messages=[dict(role="user", content="What is 1 + 1?"),
+                   dict(role="assistant", content="It is $\\boxed{2}$.")]),
+    dict(problem="What is 1 + 1?", answer="so " * 99 + "\\boxed{2}"),
 ])
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
 def test_every_schema(tmp_path, row, suffix):
@@ -34,7 +44,7 @@ def test_every_schema(tmp_path, row, suffix):
     else:
         path.write_text(json.dumps([row] if suffix == ".json" else row))
     (question,) = load_questions(str(path))
-    assert question.pop("solution", None) == (row["solution"] if "question" in row else None)
+    assert question.pop("solution", None) == (row["solution"] if row.get("answer") == " 2 " else None)
     assert question == dict(messages=[dict(role="user", content=ASKED)], answer="2")
 
 
@@ -46,6 +56,18 @@ def test_json_lines_under_the_name_json_and_a_question_that_starts_with_a_bracke
     assert second["answer"] == "3"
 
 
+def test_a_byte_order_mark_is_read(tmp_path):
+    row = json.dumps(dict(problem="a", answer="1"))
+    (tmp_path / "data.jsonl").write_text(row, encoding="utf-8-sig")
+    assert load_questions(str(tmp_path / "data.jsonl"))[0]["answer"] == "1"
+
+
+def test_a_list_as_a_gold_stays_a_text(tmp_path):
+    row = json.dumps(dict(problem="a", answer="[1, 2]"))
+    (tmp_path / "data.jsonl").write_text(row)
+    assert load_questions(str(tmp_path / "data.jsonl"))[0]["answer"] == "[1, 2]"
+
+
 def test_a_system_message_stays(tmp_path):
     chat = [dict(role="system", content="Be brief."), *CHAT]
     (tmp_path / "data.jsonl").write_text(json.dumps(dict(prompt=chat, answer="2")))
@@ -55,8 +77,25 @@ def test_a_system_message_stays(tmp_path):
 
 @pytest.mark.parametrize("text, said", [
     ('{"problem": "a", "answer": "1"}\n{"problem": "b"}', "row 2: no answer"),
-    ('{"problem": "a", "answer": ""}', "row 1: no answer"),
-    ('{"problem": " ", "answer": "1"}', "row 1: no question"),
+    ('{"problem": "a", "answer": ""}', "row 1: answer: no answer"),
+    ('{"problem": " ", "answer": "1"}', "row 1: problem: no question"),
+    ('{"problem": "a", "answer": ["1", "2"]}', "row 1: answer: one text or number"),
+    ('{"problem": "a", "answer": []}', "row 1: answer: one text or number"),
+    ('{"problem": "a", "answer": {"value": 1}}', "row 1: answer: one text or number"),
+    ('{"problem": "a", "answer": "%s"}' % ("so " * 99), "row 1: answer: no answer, but 296 char"),
+    ('{"problem": "a", "solution": "%s"}' % ("so " * 99), "row 1: solution: no answer"),
+    ('{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], '
+     '"answer": "1"}', "row 1: prompt: no question .the last message must be the user's"),
+    ('{"prompt": [{"role": "system", "content": "a"}], "answer": "1"}', "row 1: prompt: no quest"),
+    ('{"prompt": [{"content": "a"}], "answer": "1"}', "row 1: prompt: each message needs a role"),
+    ('{"prompt": [{"role": "user"}], "answer": "1"}', "row 1: prompt: each message needs a role"),
+    ('{"prompt": [{"role": "user", "content": [{"text": "a"}]}], "answer": "1"}', "row 1: prompt"),
+    ('{"prompt": [{"role": "system", "content": null}, {"role": "user", "content": "a"}], '
+     '"answer": "1"}', "row 1: prompt: each message needs a role"),
+    ('{"prompt": [{"role": "user", "content": "a"}, "b"], "answer": "1"}', "row 1: prompt"),
+    ('{"problem": 3, "answer": "1"}', "row 1: problem"),
+    ('{"problem": "a", "answer": "1"}\n{"problem": "a \\ud83d", "answer": "1"}', "row 2: .*surrog"),
+    ("[" * 100_000, "line 1: not JSON"),
     ('{"answer": "1"}', "row 1: no question"),
     ('{"problem": "a", "answer": "1"}\n\n[nonsense', "line 3: not JSON"),
     ("3", "row 1"), ("", "no questions"), ('"text"', "row 1"),

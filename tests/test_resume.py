@@ -244,9 +244,10 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_ranks_that_start_at_once_do_not_refuse_each_other(tmp_path):
-    """One rank finds the folder while another writes config.json aside."""
+def test_ranks_that_start_at_once_do_not_refuse_each_other(tmp_path, monkeypatch):
+    """One finds the folder while the first writes config.json aside."""
     (tmp_path / "config.json.part").write_text("{")
+    monkeypatch.setenv("RANK", "1")
     sdpo.begin_run(sdpo.make_parser().parse_args([*map(str, command(tmp_path))]))
 
 

@@ -155,22 +155,29 @@ def test_who_sees_which_solution(alone, monkeypatch, tokenizer, flags, shown):
     assert (right.response_ids, right.logprobs, right.finished) == ([7, 1], [-1.0, -2.0], True)
 
 
-def test_a_demonstration_is_a_correct_finished_sibling_at_random():
+def test_a_cut_answer_earns_nothing_and_is_no_demonstration(alone, monkeypatch, tokenizer):
+    """Whatever box stands in its unfinished think part."""
+    answers = [SimpleNamespace(token_ids=(7,), logprobs=SimpleNamespace(logprobs=[-1.0]), text="2",
+                               finish_reason=reason, reward=1.0) for reason in ("length", "stop")]
+    question = dict(messages=[dict(role="user", content="1+1?")], prompt_ids=[1], answer="2")
+    monkeypatch.setattr(sdpo, "generate", lambda *_, **__: [answers])
+    args = sdpo.make_parser().parse_args(["--model", "m"])
+    cut, whole = sdpo.sample_groups(None, None, tokenizer, [question], 1, args)
+    assert (cut.reward, whole.reward) == (0, 1)
+    assert cut.teacher_prompt_ids and whole.teacher_prompt_ids is None
+
+
+def test_a_demonstration_is_a_correct_sibling_at_random():
     rng = random.Random(0)
 
-    def choose(rewards, i, cut=()):
+    def choose(rewards, i):
         """What 100 draws for rollout i give; {None} where it has no demonstration."""
-        group = [rollout([1], [1], row=j, reward=float(reward), finished=j not in cut)
-                 for j, reward in enumerate(rewards)]
+        group = [rollout([1], [1], row=j, reward=float(reward)) for j, reward in enumerate(rewards)]
         drawn = [sdpo.choose_demonstration(group, i, rng) for _ in range(100)]
         return {demonstration and demonstration.row for demonstration in drawn}
     assert choose([0, 1, 0], 1) == {None}  # its group's only success
     assert choose([0, 0], 0) == {None}
     assert choose([1, 1, 0, 1], 0) == {1, 3}
-    # a cut answer earns 1 where a box stands early in its think part: it must not be shown
-    assert choose([1, 1, 0, 1], 0, cut=[1]) == {3}
-    assert choose([0, 1, 1], 0, cut=[1, 2]) == {None}
-    assert choose([1, 1], 0, cut=[0]) == {1}  # the one that learns may be cut
 
 
 @pytest.mark.parametrize("response, shown", [
@@ -300,7 +307,7 @@ def test_one_rank_gives_the_gradient_of_brute_force(alone, moved):
     assert one["loss"] == pytest.approx(total.item(), rel=1e-4)
     assert one["trained_tokens"] == tokens and one["mismatch"] == pytest.approx(gap / tokens)
     assert one["clipped"] == cut / tokens > 0.1
-    assert_same_gradient(one["gradient"], {n: p.grad for n, p in model.named_parameters()}, 1e-4)
+    assert_same_gradient(one["gradient"], {n: p.grad for n, p in model.named_parameters()}, 1e-3)
     norm = torch.stack([g.norm() for g in one["gradient"].values()]).norm().item()
     assert one["grad_norm"] == pytest.approx(norm, rel=1e-4)
 

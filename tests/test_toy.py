@@ -104,14 +104,6 @@ def test_model_folder_is_small():
     assert sum(p.stat().st_size for p in (ROOT / "toy/model").iterdir()) <= 3e6
 
 
-def test_readme_has_the_numbers_of_the_study():
-    found = json.loads((ROOT / "results/toy/numbers.json").read_text())
-    readme = (ROOT / "README.md").read_text()
-    shown = re.findall(r"<!-- table (\w+) -->\n(.*?)\n<!-- end -->", readme, re.DOTALL)
-    tables = study.tables(found)
-    assert len(shown) >= 4 and all(text == tables[name] for name, text in shown)
-
-
 def test_every_arm_of_the_tables_is_run():
     names = {name for group in ("study", "controls", "opsd", "remedies")
              for name in study.runs(group, "o")}
@@ -135,7 +127,7 @@ def test_numbers_are_means_over_seeds(tmp_path):
 
 def test_token_kl_is_weighed_by_counts_over_seeds(tmp_path):
     for seed, kl in enumerate([30.0, 90.0]):
-        folder = tmp_path / f"seed_{seed}/sdpo_untrained"
+        folder = tmp_path / f"seed_{seed}/token_kl"
         folder.mkdir(parents=True)
         tokens = {5: dict(text=" Wait", kl=kl, count=30), 6: dict(text=" no", kl=0.0, count=30),
                   7: dict(text=" rare", kl=9.0, count=1)}

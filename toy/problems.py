@@ -1,4 +1,4 @@
-"""The toy's problems and the traces its model is pretrained on (README, "The toy").
+"""The toy's problems and the traces its model is pretrained on (README.md).
 
 A problem: "Exactly one of 7, 3, 12 fits: the last digit of 4x + 9 is 1. Which one?"  Whether a
 number fits takes two or three small steps, which no model of this size does in one.  A trace goes

@@ -160,6 +160,12 @@ def numbers(folders):
                   for benchmark, rows in benchmarks.items()} for arm, benchmarks in seen.items()}
 
 
+def number(quantity, value):
+    """.292 for a score, 66 tokens, 3.3 markers."""
+    form = dict(score=".3f", length=".0f", epistemic=".1f")[quantity]
+    return f"{value:{form}}".removeprefix("0" if quantity == "score" else "")
+
+
 def table(found, arms, benchmarks=("in", "ood")):
     """Rows of Markdown: the arms, {name of the row: arm}, that there are numbers of."""
     columns = [(b, q) for b in benchmarks for q in ("score", "length", "epistemic")]
@@ -170,8 +176,7 @@ def table(found, arms, benchmarks=("in", "ood")):
             cells = []
             for b, q in columns:
                 mean, sd, _ = found[arm][b][q]
-                form = dict(score=".3f", length=".0f", epistemic=".1f")[q]
-                cells.append(f"{mean:{form}}" + (f" ± {sd:{form}}" if sd is not None else ""))
+                cells.append(" ± ".join(number(q, n) for n in (mean, sd) if n is not None))
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -219,18 +224,18 @@ def token_kl(folders, frequent=25):
 
 TABLES = {  # of toy/README.md, from results/toy/numbers.json
     "controls": {
-        "base": "base", "base, no marker is sampled": "control_banned", "SDPO": "sdpo",
-        "SDPO, markers left out of both distributions": "control_no_markers",
+        "base": "base", "base, markers forbidden in sampling": "control_banned", "SDPO": "sdpo",
+        "SDPO, markers removed from both distributions": "control_no_markers",
         "SDPO, no loss at the student's own markers": "control_no_marker_loss",
         "SDPO, no loss after `</think>`": "control_no_answer_loss",
-        "SDPO, shown another question's answer": "control_other_question",
-        "SDPO, a third of the rate, three times the steps": "control_slow",
-        "GRPO": "grpo", "GRPO at SDPO's rate": "control_grpo_fast"},
+        "SDPO, the teacher gets another question's answer": "control_other_question",
+        "SDPO, learning rate / 3, steps x 3": "control_slow",
+        "GRPO": "grpo", "GRPO at SDPO's learning rate": "control_grpo_fast"},
     "study": {
         "base": "base", "GRPO": "grpo", "SDPO": "sdpo", "SDPO, c = s without think":
         "sdpo_without_think", "SDPO, uncertain prompt (App. C)": "sdpo_uncertain",
-        "SDPO, teacher follows, .05": "sdpo_ema", "SDPO, top-k 20": "sdpo_top_k_20",
-        "SDPO, a tenth of the rate": "sdpo_lr_tenth", "SFT on unguided answers": "sft_d_ug",
+        "SDPO, moving teacher (EMA .05)": "sdpo_ema", "SDPO, top-k 20": "sdpo_top_k_20",
+        "SDPO, learning rate / 10": "sdpo_lr_tenth", "SFT on unguided answers": "sft_d_ug",
         "SFT on solution-guided answers": "sft_d_sg"},
     "contexts": {"(1) unguided": "context_unguided",
                  "(3) solution without think": "context_without_think",
@@ -244,7 +249,8 @@ TABLES = {  # of toy/README.md, from results/toy/numbers.json
               for k in (4, 2, 1))]},
     "opsd": {"base, thinking off": "base_off", "GRPO, thinking off": "off_grpo",
              "SDPO, thinking off": "off_sdpo", "base, thinking on": "base_on",
-             "OPSD, both think": "opsd", "OPSD, the teacher thinks alone": "opsd_hybrid"},
+             "OPSD, student and teacher think": "opsd",
+             "OPSD, only the teacher thinks": "opsd_hybrid"},
     "remedies": {"base": "base", "GRPO": "grpo", "SDPO": "sdpo", **{
         f"`{remedy}` {strength}": f"{remedy}_{strength}"
         for remedy, (_, strengths) in REMEDIES.items() for strength in strengths}},

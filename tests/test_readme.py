@@ -1,0 +1,142 @@
+"""What the READMEs say: their tables, links, flags and commands."""
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+from common import ROOT
+
+sys.path[:0] = [str(ROOT / "toy"), str(ROOT / "benchmarks")]
+
+import memory
+import study
+
+READMES = {name: (ROOT / name).read_text()
+           for name in ("README.md", "toy/README.md", "benchmarks/README.md")}
+
+
+def test_it_is_read_in_ten_minutes():
+    assert len(READMES["README.md"].splitlines()) <= 230
+
+
+def test_the_toys_tables_are_the_studys():
+    found = json.loads((ROOT / "results/toy/numbers.json").read_text())
+    shown = dict(re.findall(r"<!-- table (\w+) -->\n(.*?)\n<!-- end -->", READMES["toy/README.md"],
+                            re.DOTALL))
+    assert shown == study.tables(found)
+
+
+def test_the_hardware_table_is_computed():
+    table, = re.findall(r"<!-- memory.py -->\n(.*?)\n<!-- end -->", READMES["benchmarks/README.md"],
+                        re.DOTALL)
+    rows = {row: [cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()[2:]}
+    assert len(rows) == 16
+    for row, (model, gpus, script, *_) in rows.items():
+        ranks, gpu = map(int, gpus.split(" x "))
+        assert row == memory.row(model, ranks, gpu, script.strip("`").removesuffix(".py"))
+
+
+def test_the_costs_are_the_hardware_tables():
+    """| model, GB each | GPU hours GRPO | GPU hours SDPO | hours a step | of 8 GPUs."""
+    rows = re.findall(r"^\| (\S+), (\d+) GB each \| (\d+) \| (\d+) \| (\S+) \|",
+                      READMES["README.md"], re.MULTILINE)
+    assert len(rows) >= 3
+    for model, gpu, grpo, sdpo, hours in rows:
+        cells = [memory.row(model, 8, int(gpu), name).split(" | ") for name in ("grpo", "sdpo")]
+        assert [grpo, sdpo] == [c[9] for c in cells] and float(hours) == float(cells[1][8])
+
+
+def test_links_lead_to_files():
+    links = [(readme, link) for readme, text in READMES.items()
+             for link in re.findall(r"\]\((?!https)([^)#]+)\)", text)]
+    assert len(links) > 5
+    assert not [pair for pair in links if not (ROOT / pair[0]).parent.joinpath(pair[1]).exists()]
+
+
+def test_flags_and_files_that_are_named_exist():
+    sources = {str(path.relative_to(ROOT)): path.read_text()
+               for folder in (".", "toy", "benchmarks") for path in (ROOT / folder).glob("*.py")}
+    sources["torchrun"] = ('"--nproc_per_node" "--nnodes" "--node_rank" "--master_addr" '
+                           '"--master_port"')
+
+    def known(flag, name=""):
+        """By any script, or by this one and those that it stands on."""
+        under = re.findall(r"^import (\w+)$", sources.get(name, ""), re.MULTILINE)
+        read = [sources.get(n, "") for n in (name, *(f"{module}.py" for module in under))]
+        return any(re.search(rf'"--{flag.removeprefix("no-")}"', source)
+                   for source in (read if name else sources.values()))
+    text = "\n".join(READMES.values())
+    names = set(re.findall(r"`(?:python )?([\w/]+\.py)\b", text))
+    flags = set(re.findall(r"(?<![\w-])--([a-z]\w*(?:-\w+)*)", text)) - {"help"}
+    pairs = {(flag, name)
+             for name, rest in re.findall(r"`([\w/]+\.py) ([^`]*)`", READMES["README.md"])
+             for flag in re.findall(r"--([\w-]+)", rest)}
+    assert len(names) > 15 and len(flags) > 25 and len(pairs) > 8
+    places = ("", "toy/", "benchmarks/")
+    assert not {name for name in names if not any(place + name in sources for place in places)}
+    assert not {flag for flag in flags if not known(flag)}
+    assert not {pair for pair in pairs if not known(*pair)}
+
+
+def commands(text):
+    """The commands of the ```sh blocks, `\\` at a line's end joined; $M is its value."""
+    blocks = "".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
+    values = dict(re.findall(r"^(\w+)=(\S+)$", blocks, re.MULTILINE))
+    return [re.sub(r"\$(\w+)", lambda m: values[m[1]], line) for line in blocks.splitlines()
+            if line.startswith(("python", "torchrun"))]
+
+
+# Each command is read by its own script, up to parse_args, in a fork of a process that has loaded
+# the libraries.
+PARSE = """
+import argparse, json, os, pathlib, runpy, sys
+sys.path[0] = ""
+import sdpo
+for name in [path.stem for path in pathlib.Path().glob("*.py")]:
+    sys.modules.pop(name, None)
+parse_args = argparse.ArgumentParser.parse_args
+def parse_and_end(*args, **kwargs):
+    parse_args(*args, **kwargs)
+    os._exit(0)
+argparse.ArgumentParser.parse_args = parse_and_end
+for script, *flags in json.load(sys.stdin):
+    if not (child := os.fork()):
+        sys.argv = [script, *flags]
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except BaseException as error:  # parser.error has spoken for itself
+            if not isinstance(error, SystemExit):
+                print(f"{script}: {error!r}", file=sys.stderr, flush=True)
+        os._exit(1)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def parse(lines):
+    """[0 or 1]: does the script of each command know its flags?  And what they say on stderr."""
+    split = [shlex.split(line, comments=True) for line in lines]
+    split = [words[next(i for i, word in enumerate(words) if word.endswith(".py")):]
+             for words in split]
+    done = subprocess.run([sys.executable, "-c", PARSE], input=json.dumps(split), cwd=ROOT,
+                          text=True, capture_output=True, env=dict(os.environ, RANK="0"))
+    return list(map(int, done.stdout.split())), done.stderr
+
+
+def test_printed_commands_parse():
+    """And those with a flag that is gone, or a file too few, do not."""
+    lines = commands(READMES["README.md"])
+    assert len(lines) > 12
+    wrong = ["python sdpo.py --model M --resume", "torchrun evaluate.py", "python judge.py a.jsonl"]
+    codes, said = parse(lines + wrong)
+    assert len(codes) == len(lines) + len(wrong) and all(codes[len(lines):])
+    assert not [line for line, code in zip(lines, codes) if code], said
+
+
+def test_printed_commands_share_no_folder():
+    lines = [line for line in commands(READMES["README.md"]) if "--model" in line]
+    folders = re.findall(r"--(?:run_dir|out) (\S+)", "\n".join(lines))
+    assert len(folders) > 8 and len(set(folders)) == len(folders)
+    for line in lines:
+        assert re.search("--run_dir|--out", line) or re.search("token_kl|judge", line), line
