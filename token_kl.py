@@ -12,7 +12,7 @@ The files hold text: y is encoded again, without the token that ends it.
 import argparse
 import json
 import sys
-from collections import defaultdict
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -35,8 +35,7 @@ def read_answers(folder):
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{file}, line {number}: no question with answers ({error!r})")
     if not answers:
-        raise ValueError(f"{folder}: no round_*.jsonl of generate_conditions.py, or in none a "
-                         "question with a correct answer beside another")
+        raise ValueError(f"{folder}: no round_*.jsonl with a correct answer beside another")
     return answers
 
 @torch.no_grad()
@@ -53,11 +52,10 @@ def token_kl(model, student_prompt, teacher_prompt, response):
 def main():
     parser = argparse.ArgumentParser(
         description="Table 6: KL of student and teacher by token.", usage=argparse.SUPPRESS)
-    add = parser.add_argument
-    add("rounds", help="the folder rounds/ of generate_conditions.py's --out")
+    add, switch = parser.add_argument, argparse.BooleanOptionalAction
+    add("rounds", help="folder in generate_conditions.py's --out")
     add("--model", required=True, help="hub id or folder of the model that gave the answers")
-    add("--enable_thinking", action=argparse.BooleanOptionalAction, default=True,
-        help="as generate_conditions.py had it")
+    add("--enable_thinking", action=switch, default=True, help="as generate_conditions.py had it")
     add("--out", default="runs/token_kl/token_kl.json", help="file to write (%(default)s)")
     args = parser.parse_args()
     try:
@@ -66,15 +64,16 @@ def main():
     except Exception as error:  # what transformers raises has no common class
         parser.error(" ".join(str(error).split()))
     model = sdpo.load_model(path, "cuda" if torch.cuda.is_available() else "cpu")
-    table = defaultdict(lambda: dict(text="", kl=0.0, count=0))
+    kl, count = Counter(), Counter()  # by token id
     for messages, y, c in tqdm(answers, unit="answer", leave=False,
                                mininterval=0.1 if sys.stderr.isatty() else 60):
         prompts = [sdpo.render(tokenizer, chat, args.enable_thinking)
                    for chat in (messages, sdpo.teacher_messages(messages, c, "full"))]
         ids = tokenizer.encode(y, add_special_tokens=False)
-        for token, kl in zip(ids, token_kl(model, *prompts, ids).tolist()):
-            row = table[token]
-            row.update(text=tokenizer.decode([token]), kl=row["kl"] + kl, count=row["count"] + 1)
+        count.update(ids)
+        for i, value in zip(ids, token_kl(model, *prompts, ids).tolist()):
+            kl[i] += value
+    table = {i: dict(text=tokenizer.decode([i]), kl=kl[i], count=count[i]) for i in count}
     sdpo.write_lines(Path(args.out), [table])
     print(f"{len(table):,} tokens of {len(answers):,} answers: {args.out}")
 

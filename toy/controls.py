@@ -7,7 +7,7 @@
     python toy/controls.py banned EVALUATE'S FLAGS         # no marker is ever sampled
     python toy/controls.py errors RUN_FOLDER...            # why answers are wrong -> errors.json
 
-Each replaces one function of `sdpo` or `evaluate`; `make controls` runs them all.
+Each replaces functions of `sdpo` or `evaluate`; `make controls` runs them all.
 """
 
 import collections
@@ -21,16 +21,32 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
 
 import epistemic
+import evaluate
 import problems
 import sdpo
 
 
-def tokenizer_of_run():
-    return sdpo.load_tokenizer(sys.argv[sys.argv.index("--model") + 1], 1)[1]
-
-
 def marker_ids(tokenizer):
     return [i for i in range(len(tokenizer)) if epistemic.count(tokenizer.decode([i]))]
+
+
+def begin(script, control):
+    """Applies the control as soon as the script has its tokenizer, and names it in config.json,
+    so that report.py takes the run for none of the plain script."""
+    load_tokenizer, make_parser = script.load_tokenizer, script.make_parser
+
+    def replaced_tokenizer(*args):
+        path, tokenizer = load_tokenizer(*args)
+        control(tokenizer)
+        return path, tokenizer
+
+    def replaced_parser():
+        parser = make_parser()
+        parser.set_defaults(control=control.__name__)
+        return parser
+
+    script.load_tokenizer, script.make_parser = replaced_tokenizer, replaced_parser
+    script.main()
 
 
 def without_loss(silent):
@@ -50,30 +66,27 @@ def no_markers(tokenizer):
     no_marker_loss is not that: where doubt is an open choice, it drops the loss if the student has
     chosen a marker and keeps it if not, with the teacher's whole pull away from the marker.
     """
-    markers = torch.tensor(marker_ids(tokenizer))
+    ids = torch.tensor(marker_ids(tokenizer))
     teacher_buckets, token_losses = sdpo.teacher_buckets, sdpo.token_losses
 
     def without(head):
-        return lambda hidden: head(hidden).index_fill(-1, markers, -1e4)
+        return lambda hidden: head(hidden).index_fill(-1, ids.to(hidden.device), -1e4)
 
-    def buckets_without(student, teacher, *args):
-        (hidden, head), (teacher_hidden, teacher_head) = student, teacher
-        return teacher_buckets((hidden, without(head)), (teacher_hidden, without(teacher_head)),
+    def replaced_buckets(student, teacher, *args):
+        return teacher_buckets((student[0], without(student[1])), (teacher[0], without(teacher[1])),
                                *args)
 
-    def losses_without(hidden, head, targets, temperature, *buckets, **alpha):
+    def replaced_losses(hidden, head, targets, temperature, *buckets, alpha=None):
         _, logprobs = token_losses(hidden, head, targets, temperature)
-        if not buckets:
-            return torch.zeros_like(logprobs), logprobs
-        loss, _ = token_losses(hidden, without(head), targets, temperature, *buckets, **alpha)
-        return loss * ~torch.isin(targets, markers), logprobs
+        loss, _ = token_losses(hidden, without(head), targets, temperature, *buckets, alpha=alpha)
+        return loss * ~torch.isin(targets, ids.to(targets.device)), logprobs
 
-    sdpo.teacher_buckets, sdpo.token_losses = buckets_without, losses_without
+    sdpo.teacher_buckets, sdpo.token_losses = replaced_buckets, replaced_losses
 
 
 def no_marker_loss(tokenizer):
     ids = torch.tensor(marker_ids(tokenizer))
-    without_loss(lambda targets: torch.isin(targets, ids))
+    without_loss(lambda targets: torch.isin(targets, ids.to(targets.device)))
 
 
 def no_answer_loss(tokenizer):
@@ -99,16 +112,13 @@ def other_question(_):
     sdpo.choose_demonstration = replaced
 
 
-def banned():
-    import evaluate
-
-    bias, generate = dict.fromkeys(marker_ids(tokenizer_of_run()), -100), evaluate.generate
+def banned(tokenizer):
+    bias, generate = dict.fromkeys(marker_ids(tokenizer), -100), evaluate.generate
 
     def replaced(*args, **sampling):
-        return generate(*args, logit_bias=bias, **sampling)
+        return generate(*args, **{**sampling, "logit_bias": bias})
 
     evaluate.generate = replaced
-    evaluate.main()
 
 
 def errors(folders):
@@ -140,18 +150,9 @@ def main():
     if control == "errors":
         errors(sys.argv[1:])
     elif control == "banned":
-        banned()
+        begin(evaluate, banned)
     elif control in ("no_markers", "no_marker_loss", "no_answer_loss", "other_question"):
-        globals()[control](tokenizer_of_run())
-        make_parser = sdpo.make_parser
-
-        def replaced():
-            parser = make_parser()
-            # into config.json, so that report.py takes it for no run of the plain sdpo.py
-            parser.set_defaults(control=control)
-            return parser
-        sdpo.make_parser = replaced
-        sdpo.main()
+        begin(sdpo, globals()[control])
     else:
         sys.exit(__doc__)
 
