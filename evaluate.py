@@ -164,12 +164,9 @@ def read_result(path, key):
     belongs_to = path.with_suffix(".key")
     if not path.exists():
         return None
-    if not belongs_to.exists() or belongs_to.read_text() != key:
-        return say(f"{path} belongs to other weights, data or flags: evaluated again")
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except ValueError as error:
-        sys.exit(f"error: {path} is damaged ({error}): remove it, and it is evaluated again")
+    if not belongs_to.exists() or belongs_to.read_text() != key + fingerprint(path):
+        return say(f"{path} is of other weights, data or flags, or not whole: evaluated again")
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 def sample_benchmark(llm, verifier, questions, name, sampling, args):
     """The records of every question's answers; each rank samples its share."""
@@ -200,7 +197,9 @@ def main():
         if len(benchmarks) < len(args.data):
             raise ValueError(f"--data: two benchmarks have one name ({' '.join(args.data)})")
         sampling = choose_sampling(args, config, tokenizer)
-        flags = {k: v for k, v in vars(args).items() if k not in ("model", "data", "out")}
+        if list(Path(args.out).glob("metrics.jsonl")):
+            raise ValueError(f"--out {args.out} is the folder of a training run: name another")
+        flags = dict(vars(args), model=None, data=None, out=None, gpu_memory_utilization=None)
         keys = {(model, Path(source).stem): fingerprint(path, source, str(flags | sampling))
                 for model, path in models.items() for source in args.data}
     except Exception as error:  # what transformers, datasets and Jinja raise has no common class
@@ -224,11 +223,12 @@ def main():
                 records = sample_benchmark(llm, verifier, benchmarks[name], name, sampling, args)
                 if dist.get_rank() == 0:
                     write_lines(path, records)
-                    path.with_suffix(".key").write_text(keys[model, name])
+                    path.with_suffix(".key").write_text(keys[model, name] + fingerprint(path))
             rows[model][name] = summarise(records, args.samples)
             say(f"{model}  {name}  {rows[model][name]['score']:.3f}")
     say("\n" + table(rows))
     if dist.get_rank() == 0:
+        write_lines(out / "config.json", [vars(args)])
         write_lines(out / "summary.json", [dict(vars(args), **sampling, models=rows)])
     say(f"\nresults are in {out}")
     if llm is not None:
@@ -259,7 +259,10 @@ def load_tokenizer(name, positions):
     """(folder, tokenizer) of a model. A hub id is resolved here, once: its branch may move."""
     from huggingface_hub import snapshot_download
     from transformers import AutoConfig, AutoTokenizer
-    path = name if Path(name).is_dir() else snapshot_download(name)
+    try:
+        path = name if Path(name).is_dir() else snapshot_download(name)
+    except Exception as error:  # no such id, no network, no access: no common class
+        raise ValueError(f"--model {name}: no folder, and not on the hub ({error})") from None
     config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     if tokenizer.chat_template is None:
         raise ValueError(f"--model {name}: its tokenizer has no chat template")

@@ -246,6 +246,13 @@ def ask_round(llm, verifier, tokenizer, questions, number, to_study, want_pairs,
         ask(llm, verifier, tokenizer, picked, context, seed(stage), args)
     return sorted(exchange(mine), key=lambda q: q["index"])
 
+def read_round(file):
+    """The questions of a finished round. A file that was cut since is named."""
+    try:
+        return [json.loads(line) for line in file.read_text().splitlines()]
+    except ValueError:
+        raise ValueError(f"{file} is not whole: remove it, and it is made again") from None
+
 def studied_of(questions):
     return [q for q in questions if len(q["contexts"]) == len(CONTEXTS)]
 
@@ -261,8 +268,7 @@ def main():
         config = check_args(args, path)
         questions = read_questions(args.data, tokenizer, args)
         questions = [dict(q, index=i) for i, q in enumerate(questions)]
-        done = [[json.loads(line) for line in file.read_text().splitlines()]
-                for file in sorted(Path(args.out).glob("rounds/round_*.jsonl"))]
+        done = [read_round(file) for file in sorted(Path(args.out).glob("rounds/round_*.jsonl"))]
     except Exception as error:  # what transformers, datasets and Jinja raise has no common class
         parser.error(" ".join(str(error).split()))
     device, out, llm = start_process_group(), Path(args.out), None
@@ -320,8 +326,8 @@ def report(done, args):
         say(f"{args.data} ends after {len(done):,} questions: {len(studied)} of "
             f"{args.num_questions} studied, {len(d_ug)} of {args.sft_examples} SFT pairs")
     say(f"\n{len(studied)} questions of {len(done):,}, {args.samples} answers in each context; "
-        f"mean ± standard error over questions\n\n{table(rows)}\n\nresults are in {out}; d_ug.jsonl "
-        f"and d_sg.jsonl hold {len(d_ug)} correct answers each")
+        f"mean ± standard error over questions\n\n{table(rows)}\n\nresults are in {out}; "
+        f"d_ug.jsonl and d_sg.jsonl hold {len(d_ug)} correct answers each")
 
 # --- vLLM and models -----------------------------------------------------------------------------
 
@@ -401,7 +407,10 @@ def load_tokenizer(name, positions):
     """(folder, tokenizer) of a model. A hub id is resolved here, once: its branch may move."""
     from huggingface_hub import snapshot_download
     from transformers import AutoConfig, AutoTokenizer
-    path = name if Path(name).is_dir() else snapshot_download(name)
+    try:
+        path = name if Path(name).is_dir() else snapshot_download(name)
+    except Exception as error:  # no such id, no network, no access: no common class
+        raise ValueError(f"--model {name}: no folder, and not on the hub ({error})") from None
     config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     if tokenizer.chat_template is None:
         raise ValueError(f"--model {name}: its tokenizer has no chat template")

@@ -610,7 +610,10 @@ def load_tokenizer(name, positions):
     """(folder, tokenizer) of a model. A hub id is resolved here, once: its branch may move."""
     from huggingface_hub import snapshot_download
     from transformers import AutoConfig, AutoTokenizer
-    path = name if Path(name).is_dir() else snapshot_download(name)
+    try:
+        path = name if Path(name).is_dir() else snapshot_download(name)
+    except Exception as error:  # no such id, no network, no access: no common class
+        raise ValueError(f"--model {name}: no folder, and not on the hub ({error})") from None
     config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     if tokenizer.chat_template is None:
         raise ValueError(f"--model {name}: its tokenizer has no chat template")
@@ -625,21 +628,24 @@ def load_tokenizer(name, positions):
 def begin_run(args):
     """Writes config.json. ValueError if the run began with other flags; only --steps may grow."""
     import transformers
-    path = Path(args.run_dir, "config.json")
+    path, script = Path(args.run_dir, "config.json"), Path(sys.argv[0]).name
     if os.environ.get("RANK", "0") != "0":
         return
-    began = json.loads(path.read_text()) if resumable(args.run_dir) else vars(args)
+    began = json.loads(path.read_text()) if path.exists() else {}
+    files = [file for file in path.parent.glob("*") if file.suffix != ".part"]
+    if files and began.get("script") != script:
+        raise ValueError(f"--run_dir {args.run_dir} holds something else: name a new folder")
+    if not resumable(args.run_dir):
+        began = vars(args)
     changed = [f"--{name} was {began.get(name)}" for name, value in vars(args).items()
                if began.get(name) != value and (name != "steps" or value < began["steps"])]
     if changed:
         raise ValueError(f"--run_dir {args.run_dir} began with other flags: {', '.join(changed)}; "
                          "repeat them, or name a new folder")
-    if not path.exists() and path.parent.exists() and any(path.parent.iterdir()):
-        raise ValueError(f"--run_dir {args.run_dir} holds something else: name a new folder")
     commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
     versions = dict(torch=torch.__version__, transformers=transformers.__version__)
-    write_lines(path, [dict(vars(args), script=Path(sys.argv[0]).name, commit=commit,
-                            versions=versions, world_size=int(os.environ.get("WORLD_SIZE", 1)))])
+    write_lines(path, [dict(vars(args), script=script, commit=commit, versions=versions,
+                            world_size=int(os.environ.get("WORLD_SIZE", 1)))])
     if args.wandb:  # its own WANDB_PROJECT, WANDB_NAME, ... apply
         import wandb
         wandb.init(id=re.sub(r"\W", "-", args.run_dir), resume="allow", config=vars(args))

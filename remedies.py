@@ -17,6 +17,8 @@ group. Each remedy gives every token two numbers, w and a:
   shield        w = 0 on the ten markers            a = 0
   shield_kl     w = 0 where KL(S || T) is largest   a = 0
   entropy_gate  w = 1 - l H_T / mean                a = 0
+  rlcsd         w = 0                               a = A + l tanh(e), e: right against wrong c
+  dasd          w = l where H_T is low, else -l     a = A
 
     torchrun --nproc_per_node 8 remedies.py --model Qwen/Qwen3-8B --remedy srpo
 
@@ -56,7 +58,8 @@ from sdpo import update as sdpo_update
 @dataclass
 class Rollout(sdpo.Rollout):
     advantage: float = 0.0  # A; 0: the rollout learns from its teacher only
-    marked: list | None = None  # (T,) whether a token belongs to a marker
+    marked: list | None = None  # (T,) whether a token belongs to a marker (shield)
+    wrong_prompts: list = ()  # the teacher's with a wrong demonstration each (rlcsd)
     # under the weights at the step's start, (T,) each; without a demonstration u is 0
     u: torch.Tensor | None = None
     entropy: torch.Tensor | None = None  # H_T, over the vocabulary
@@ -64,7 +67,11 @@ class Rollout(sdpo.Rollout):
     w: torch.Tensor | float = 1.0  # a number, or one for each token
     a: torch.Tensor | float = 0.0
 
-def set_advantages(group):
+    def tokens(self):
+        longest = max(map(len, self.wrong_prompts), default=0)
+        return max(super().tokens(), longest + len(self.response_ids))
+
+def set_advantages(group, *_):
     """A of each rollout, as in grpo.py."""
     for r, advantage in zip(group, grpo.group_advantages([r.reward for r in group])):
         r.advantage = advantage
@@ -101,7 +108,7 @@ class srpo:
     settings = dict(strength=1.0, lr=5e-6)
 
     @staticmethod
-    def prepare(group, tokenizer):
+    def prepare(group, question, tokenizer, args):
         set_advantages(group)
         for r in group:
             if r.reward >= 0.5:
@@ -126,7 +133,7 @@ class antisd:
     settings = dict(strength=0.5, ema=1.0, lr=1e-6, clip_high=0.2)  # ema 1: the student's weights
 
     @staticmethod
-    def prepare(group, tokenizer):
+    def prepare(group, question, tokenizer, args):
         set_advantages(group)
         deviation = statistics.pstdev(r.reward for r in group) or 1  # 0: so is each A
         for r in group:
@@ -150,7 +157,7 @@ class antisd:
 
     @staticmethod
     def first_medians(args):
-        """Those of the first five steps that had a teacher, from the log: a resumed run has them."""
+        """Of the first five steps that had a teacher, from the log: a resumed run finds them."""
         path, lines = Path(args.run_dir, "metrics.jsonl"), []
         if dist.get_rank() == 0 and path.exists():
             lines = path.read_text().splitlines()
@@ -166,7 +173,7 @@ class rlrt:
     settings = dict(strength=0.5, ema=1.0, lr=1e-6)  # the rate is GRPO's
 
     @staticmethod
-    def prepare(group, tokenizer):
+    def prepare(group, question, tokenizer, args):
         set_advantages(group)
         for r in group:
             if not r.advantage:
@@ -181,10 +188,7 @@ class rlrt:
 class mixture:
     """SDPO's own, 2601.20802: w = 1 - l, a = l A, l .9 (meant for KL: JS pulls a quarter of it)."""
     settings = dict(strength=0.9, alpha=1.0)
-
-    @staticmethod
-    def prepare(group, tokenizer):
-        set_advantages(group)
+    prepare = staticmethod(set_advantages)
 
     @staticmethod
     def weigh(rollouts, args):
@@ -197,7 +201,7 @@ class shield:
     settings = dict(strength=1.0)
 
     @staticmethod
-    def prepare(group, tokenizer):
+    def prepare(group, question, tokenizer, args):
         for r in group:
             r.marked = shield.marked_tokens([tokenizer.decode([t]) for t in r.response_ids])
 
@@ -238,8 +242,62 @@ class entropy_gate:
         for r in rollouts:
             r.w = (1 - args.strength * r.entropy / mean).clamp(min=0.1)
 
+class rlcsd:
+    """RLCSD, 2606.11709: a = A + l tanh(e) where |e| > .1, but never of the other sign than A.
+
+    e = log T(y | c+) - log mean_k T(y | c-_k): c+ a right sibling, the c- wrong ones. What both
+    change in y, the manner, is subtracted. Ours: l .5, the .1, at most two c-, the teacher of
+    sdpo.py, and one mean over all tokens (theirs: one for those with e and one for the others).
+    """
+    settings = dict(strength=0.5, lr=1e-6)
+
+    @staticmethod
+    def prepare(group, question, tokenizer, args):
+        set_advantages(group)
+        for r in group:
+            if not r.advantage:
+                r.teacher_prompt_ids = None
+            wrong = [o for o in group if o is not r and o.finished and o.reward < 0.5]
+            r.wrong_prompts = [sdpo.render(tokenizer, sdpo.teacher_messages(
+                question["messages"], o.text, args.demonstration), args.enable_thinking)
+                for o in wrong[: 2 if r.teacher_prompt_ids else 0]]
+
+    @staticmethod
+    def measure(student, micro_batch, teacher):
+        """Sets r.wrong, log T(y | c-_k) of each c-, (T,)."""
+        for r in micro_batch:
+            targets, r.wrong = student.read([r])[2], []
+            for prompt in r.wrong_prompts:
+                states = student.states(teacher, [r], [prompt])
+                r.wrong.append(sdpo.token_losses(*states, targets, student.args.temperature)[1])
+
+    @staticmethod
+    def weigh(rollouts, args):
+        for r in rollouts:
+            r.w, r.a = 0.0, r.advantage
+            if r.wrong:
+                mean = torch.stack(r.wrong).logsumexp(0) - math.log(len(r.wrong))
+                e = r.u + r.old_logprobs - mean
+                a = r.advantage + args.strength * torch.tanh(e) * (e.abs() > 0.1)
+                r.a = a.clamp(min=0.0) if r.advantage > 0 else a.clamp(max=0.0)
+
+class dasd:
+    """DASD, 2605.22263 (its abstract): away from the teacher where it is unsure, else towards it.
+
+    Ours: w = l, but -l on the fifth of all tokens with the largest H_T; a = A; l .5.
+    """
+    settings = dict(strength=0.5, lr=1e-6)
+    prepare = staticmethod(set_advantages)
+
+    @staticmethod
+    def weigh(rollouts, args):
+        bar = float(np.quantile(on_all_ranks([r.entropy for r in taught(rollouts)]).numpy(), 0.8))
+        for r in rollouts:
+            sign = torch.where(r.entropy <= bar, 1.0, -1.0)
+            r.w, r.a = args.strength * sign * bool(r.teacher_prompt_ids), r.advantage
+
 REMEDIES = {remedy.__name__: remedy for remedy in (
-    demopsd, srpo, antisd, rlrt, mixture, shield, shield_kl, entropy_gate)}
+    demopsd, srpo, antisd, rlrt, mixture, shield, shield_kl, entropy_gate, rlcsd, dasd)}
 
 # --- what they replace in sdpo.py ----------------------------------------------------------------
 
@@ -258,7 +316,7 @@ def make_parser():
 def set_teacher_prompts(question, group, tokenizer, rng, args):
     sdpo_teacher_prompts(question, group, tokenizer, rng, args)
     if hasattr(REMEDIES[args.remedy], "prepare"):
-        REMEDIES[args.remedy].prepare(group, tokenizer)
+        REMEDIES[args.remedy].prepare(group, question, tokenizer, args)
 
 def set_loss_weights(minibatch):
     """As in sdpo.py and grpo.py; 0 with neither a demonstration nor an advantage."""
@@ -299,6 +357,8 @@ class Student(sdpo.Student):
         for r, *parts in zip(micro_batch, *(column.split(lengths) for column in columns)):
             r.old_logprobs, r.u, r.entropy, r.kl = parts
             r.u = r.u * bool(r.teacher_prompt_ids)
+        if hasattr(REMEDIES[args.remedy], "measure"):
+            REMEDIES[args.remedy].measure(self, micro_batch, teacher)
 
     def forward(self, micro_batch, teacher):
         """(w x divergence + PPO's loss, log-probability) of the response tokens, (N,) each."""

@@ -106,7 +106,6 @@ def _parse_question(row):
         raise ValueError(f"{column}: each message needs a role and a content that are texts")
     if messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
         raise ValueError(f"{column}: no question (the last message must be the user's)")
-
     column = next((name for name in ("reward_model", "answer", "final_answer", "solution")
                    if row.get(name) is not None), None)
     if column is None:
@@ -163,11 +162,11 @@ def last_tagged(text):
 MAX_ANSWER = 500  # characters in a box; a longer one lists guesses, or attacks the parser
 _BRACES = r"\{(?:[^{}]++|\{(?:[^{}]++|\{[^{}]*+\})*+\})*+\}"  # nested as deep as answers are
 _COMMANDS = {name: new for new, names in {
-    r"\frac": "dfrac tfrac cfrac", r"\binom": "dbinom tbinom", r"\cdot ": "times", "(": "langle",
+    r"\frac": "dfrac tfrac cfrac sfrac", r"\binom": "dbinom", r"\cdot ": "times", "(": "langle",
     ")": "rangle", "<": "lt", ">": "gt", r"\le ": "leq leqslant", r"\ge ": "geq geqslant",
     r"\emptyset": "varnothing", r"^\circ ": "degree", r"\text": "textbf textit textrm mathrm "
     "mathbf mathsf mathit mbox operatorname boldsymbol bm emph underline", " ": "left right big "
-    "Big bigg Bigg displaystyle textstyle quad qquad bf rm large Large checkmark",
+    "Big bigg Bigg displaystyle textstyle quad qquad bf rm large Large checkmark therefore",
 }.items() for name in names.split()}
 _UNICODE = str.maketrans({
     "−": "-", "–": "-", "×": r"\cdot ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ",
@@ -181,8 +180,8 @@ _SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
     (r"\\text ?\{ ?(?:negative|minus) ?\}", "-"),
     (r"\\text ?\{([^A-Za-z{}]*+|[ei])\}", r"{\1}"),  # no words
     (r"(?:√|\\sqrt(?![A-Za-z])) ?([0-9]++|[a-z])", r"\\sqrt{\1}"),  # \sqrt13 is no \sqrt{1}3
-    (r"\\frac ?([0-9]|(?<= )[a-z])", r"\\frac{\1}"),
-    (r"(\\frac\{[^{}]*+\}) ?([0-9a-z])", r"\1{\2}"),
+    (r"\\frac ?([0-9]|\\pi|(?<= )[a-z])", r"\\frac{\1}"),
+    (r"(\\frac\{[^{}]*+\}) ?([0-9a-z]|\\pi)", r"\1{\2}"),
     (r"([\^_]) ?\{ ?([0-9A-Za-z]) ?\}", r"\1\2"),
     (r"(?<=[0-9])_ ?\{? ?10 ?\}?(?![0-9])", " "),  # in base ten
     (r"(?<![0-9.,([])(?<!\\\{)(?<!, )[1-9][0-9]{0,2}(\{, ?\}|[, ])[0-9]{3}(?:\1[0-9]{3})*+"
@@ -224,8 +223,8 @@ _WORD = r"(?:[A-Za-z]{2,}+|[mshgL](?![A-Za-z]))(?:\^[23])?"
 _UNIT = re.compile(rf"(?: ?\\text\{{ ?\(?(?:{_WORD}\.?(?:[ /-]{_WORD}){{0,2}})?\)? ?\}})?")
 _CHANGING = re.compile(  # words that change what stands before them, or guess again
     r"\b(?:or|oder|and|not|no|if|when|unless|but|to|than|least|most|more|less|plus|minus|negative|"
-    r"times|over|vs|either|else|maybe|about|none|squared|cubed|power|pi|mod|base|log|ln|sin|cos|"
-    r"tan|root|rad|(?:radian|gradian|tenth|ten|st|nd|rd|th)s?|[IVXLC]{2,}|percent percent|"
+    r"times|twice|over|vs|either|else|maybe|about|none|squared|cubed|power|pi|mod|base|log|ln|sin|"
+    r"cos|tan|root|rad|(?:radian|gradian|tenth|ten|st|nd|rd|th)s?|[IVXLC]{2,}|percent percent|"
     r"(?:one|two|three|four|fi[fv]|six|seven|eigh|nin|eleven|twel|thir|twen|hundred|thousand|dozen|"
     r"\w+illion|hal[fv]|quarter|altern|approx|otherw|undef|infin|arc|factorial)\w*)\b", re.I)
 _ARITHMETIC = re.compile(r"(?:[0-9 */^(){}]|\.(?=[0-9])|[-+](?! ?[-+])|!(?!!)|"
@@ -286,12 +285,13 @@ def agree(gold, found):
     return abs(value - other) <= half
 
 
-_LETTERS = ("alpha|beta|gamma|delta|epsilon|zeta|eta|theta|kappa|lambda|mu|nu|xi|rho|sigma|tau|phi|"
-            "varphi|chi|psi|omega|Delta|Theta|Phi|Omega|ell|angle|triangle|max|min|gcd|lcm|sum")
+_LETTERS = ("alpha|beta|gamma|delta|epsilon|zeta|eta|theta|kappa|lambda|mu|nu|rho|sigma|tau|phi|"
+            "varphi|chi|psi|omega|Delta|Omega|ell|angle|triangle|max|min|gcd|lcm|sum|det|[lr]floor")
 _SYMBOLS = (  # side by side, each with its index and argument: x, AB, N_{\max}, P(A), |z|, [ABC]
-    rf"(?:(?:[A-Za-z]'*+|\\(?:{_LETTERS})(?![A-Za-z])|\\(?:text|overline|vec|math[a-z]+) ?"
-    r"\{[A-Za-z ,.:]*+\}|\[[A-Z ]++\]|\|(?![xy]\|)(?:[A-Za-z' ]|\\c[au]p)++\|)"
-    rf"(?:_(?:[0-9A-Za-z]|{_BRACES}))?+(?:\^(?:[A-Za-z]|{_BRACES}))?+(?:\([^()]*+\))?+ ?+)++")
+    rf"(?:(?:[A-Za-z]'*+|\\(?:{_LETTERS})(?![A-Za-z])|\[[A-Z ]++\]|\|(?![xy]\|)(?:[A-Za-z' ]|"
+    r"\\c[au]p)++\||\\frac\{[A-Za-z]+\}\{[A-Za-z]+\}|\\(?:text|overline|vec|math[a-z]+) ?"
+    rf"\{{[A-Za-z ,.:]*+\}})(?:\^\{{-1\}})?+(?:_(?:\w|{_BRACES}))?+"
+    r"(?:\((?:[^()]++|\([^()]*+\))*+\))?+ ?+)++")
 _NAME = re.compile(  # AB^2, |z|^2, and sums and products of names: 100m+n; not x^2, 2x, x-1
     rf"{_SYMBOLS}(?:(?<=[A-Z][A-Z]|.\|)\^2 ?)?|.*\\cdots.*|"
     rf"[0-9]*+{_SYMBOLS}(?:\^2 ?)?(?:(?:[-+]|\\cdot) ?[0-9]*+{_SYMBOLS}(?:\^2 ?)?)++")
@@ -299,18 +299,18 @@ _NAME = re.compile(  # AB^2, |z|^2, and sums and products of names: 100m+n; not 
 
 def states(answer, gold):
     """Is each side of `x = 6/4 = 1.5` a name, or a number that agrees with the gold?"""
-    answer = re.sub(r"\\sum ?_ ?\{[^{}]*+\}", r"\\sum", answer)  # its i=1 is no equation
+    answer = re.sub(rf"\\(?:sum|prod)_(?:\w|{_BRACES})(?:\^(?:\w|{_BRACES}))? ?", r"\\sum ", answer)
     answer, congruent, modulus = answer.partition(r"\pmod")
     sides = re.split(r" ?(?:=|\\approx|\\equiv) ?", answer.strip())
-    numbers = [read_number(side) for side in sides[sides[0] == "":]  # `= 5` has an empty side
-               if not _NAME.fullmatch(side) or _CHANGING.search(side)]
-    if not numbers or None in numbers or re.fullmatch(r"[0-9]++ ?- ?[0-9]++", answer):
+    found = [read_number(side) for side in sides[sides[0] == "":]  # `= 5` has an empty side
+             if not _NAME.fullmatch(side) or _CHANGING.search(side)]
+    if not found or None in found or found[0][0] < 0 and re.fullmatch(r"[0-9]+ ?- ?[0-9]+", answer):
         return False  # 1-10 is a range
-    if congruent and agree(gold, numbers[-1]):  # 2025 \equiv 25 \pmod{1000}
+    if congruent and agree(gold, found[-1]):  # 2025 \equiv 25 \pmod{1000}
         modulus = re.fullmatch(r" ?\{? ?([1-9][0-9]{0,9}) ?\}?", modulus)
-        return bool(modulus) and not any((n[0] - gold[0]) % int(modulus[1]) for n in numbers)
-    return (any(agree(gold, number) for number in numbers)  # others may be rounded: 16/3 = 5.33
-            and all(agree(gold, number) or agree(number, gold) for number in numbers))
+        return bool(modulus) and not any((n[0] - gold[0]) % int(modulus[1]) for n in found)
+    return (any(agree(gold, number) for number in found)  # others may be rounded: 16/3 = 5.33
+            and all(agree(gold, number) or agree(number, gold) for number in found))
 
 
 # ------------------------------------------------------------------------------------- Formulas
@@ -355,6 +355,7 @@ def settle(gold, answer):
     else:
         sides = _LABEL.sub("", answer).split("=")  # x=1, x=2 for 1, 2
     sides = [side for side in sides if side.replace(" ", "") != gold.replace(" ", "")]
+    sides = [f"({s})" if gold[:1] == "(" != s[:1] and "," in s else s for s in sides]  # x=1, y=2
     marks = ":" if re.search(r"[<>]|\\[lg]e|\\pm", gold + answer) else ":,["
     count = [[text.replace(r"\sqrt[", "").count(m) for m in marks] for text in (gold, *sides)]
     unordered = "," in gold and (answer[:1] == "(" and gold[:1] not in "(["

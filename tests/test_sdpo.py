@@ -1,5 +1,4 @@
 """sdpo.py: the loss, the prompts, the batches, against brute force. No vLLM, only the toy."""
-import itertools
 import json
 import math
 import random
@@ -128,7 +127,8 @@ def test_importance_weight_is_cut_and_detached():
 
 
 def rollout(prompt, response, teacher=None, row=0, reward=0.0, finished=True):
-    return sdpo.Rollout(row, prompt, response, [-1.0] * len(response), "", finished, reward, teacher)
+    logprobs = [-1.0] * len(response)
+    return sdpo.Rollout(row, prompt, response, logprobs, "", finished, reward, teacher)
 
 
 def test_loss_weights_count_sequences_without_demonstration():
@@ -312,8 +312,9 @@ def test_one_rank_gives_the_gradient_of_brute_force(alone, moved):
     assert one["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
-@pytest.mark.parametrize("size", [23, 2])  # of the two one has a teacher: rank 1 has a filler
-@pytest.mark.parametrize("rounds", [sdpo.ROUND, 2])  # one round of micro-batches, or several
+@pytest.mark.parametrize("size, rounds", [
+    (23, sdpo.ROUND), (23, 2),  # one round of micro-batches, or several
+    (2, 2)])  # of the two one has a teacher: rank 1 has a filler
 def test_two_ranks_give_the_gradient_of_one(tmp_path, alone, size, rounds):
     one, two = measure(size), on_ranks(2, tmp_path, measure, size, False, rounds)
     assert two[0]["micros"] == two[1]["micros"] == (one["micros"] + 1) // 2

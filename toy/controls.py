@@ -7,10 +7,9 @@
     python toy/controls.py banned EVALUATE'S FLAGS         # no marker is ever sampled
     python toy/controls.py errors RUN_FOLDER...            # why answers are wrong -> errors.json
 
-Each replaces one function of `sdpo` or `evaluate`; `make controls` runs them all.
+Each replaces functions of `sdpo` or `evaluate`; `make controls` runs them all.
 """
 
-import argparse
 import collections
 import json
 import sys
@@ -22,16 +21,32 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
 
 import epistemic
+import evaluate
 import problems
 import sdpo
 
 
-def flag(name):
-    return sys.argv[sys.argv.index(name) + 1]
-
-
 def marker_ids(tokenizer):
     return [i for i in range(len(tokenizer)) if epistemic.count(tokenizer.decode([i]))]
+
+
+def begin(script, control):
+    """Applies the control as soon as the script has its tokenizer, and names it in config.json,
+    so that report.py takes the run for none of the plain script."""
+    load_tokenizer, make_parser = script.load_tokenizer, script.make_parser
+
+    def replaced_tokenizer(*args):
+        path, tokenizer = load_tokenizer(*args)
+        control(tokenizer)
+        return path, tokenizer
+
+    def replaced_parser():
+        parser = make_parser()
+        parser.set_defaults(control=control.__name__)
+        return parser
+
+    script.load_tokenizer, script.make_parser = replaced_tokenizer, replaced_parser
+    script.main()
 
 
 def without_loss(silent):
@@ -39,8 +54,8 @@ def without_loss(silent):
     token_losses = sdpo.token_losses
 
     def replaced(hidden, head, targets, *args, **kwargs):
-        loss, *others = token_losses(hidden, head, targets, *args, **kwargs)
-        return loss * ~silent(targets), *others
+        loss, logprobs = token_losses(hidden, head, targets, *args, **kwargs)
+        return loss * ~silent(targets), logprobs
 
     sdpo.token_losses = replaced
 
@@ -51,25 +66,27 @@ def no_markers(tokenizer):
     no_marker_loss is not that: where doubt is an open choice, it drops the loss if the student has
     chosen a marker and keeps it if not, with the teacher's whole pull away from the marker.
     """
-    ids, token_losses = torch.tensor(marker_ids(tokenizer)), sdpo.token_losses
+    ids = torch.tensor(marker_ids(tokenizer))
+    teacher_buckets, token_losses = sdpo.teacher_buckets, sdpo.token_losses
 
     def without(head):
-        return lambda hidden: head(hidden).index_fill(-1, ids, -1e4)
+        return lambda hidden: head(hidden).index_fill(-1, ids.to(hidden.device), -1e4)
 
-    def replaced(hidden, head, targets, temperature, teacher=None, *args):
-        loss, logprobs, kl = token_losses(hidden, head, targets, temperature)
-        if teacher is not None:
-            loss, _, kl = token_losses(hidden, without(head), targets, temperature,
-                                       (teacher[0], without(teacher[1])), *args)
-            loss = loss * ~torch.isin(targets, ids)
-        return loss, logprobs, kl
+    def replaced_buckets(student, teacher, *args):
+        return teacher_buckets((student[0], without(student[1])), (teacher[0], without(teacher[1])),
+                               *args)
 
-    sdpo.token_losses = replaced
+    def replaced_losses(hidden, head, targets, temperature, *buckets, alpha=None):
+        _, logprobs = token_losses(hidden, head, targets, temperature)
+        loss, _ = token_losses(hidden, without(head), targets, temperature, *buckets, alpha=alpha)
+        return loss * ~torch.isin(targets, ids.to(targets.device)), logprobs
+
+    sdpo.teacher_buckets, sdpo.token_losses = replaced_buckets, replaced_losses
 
 
 def no_marker_loss(tokenizer):
     ids = torch.tensor(marker_ids(tokenizer))
-    without_loss(lambda targets: torch.isin(targets, ids))
+    without_loss(lambda targets: torch.isin(targets, ids.to(targets.device)))
 
 
 def no_answer_loss(tokenizer):
@@ -88,24 +105,20 @@ def other_question(_):
 
     def replaced(group, i, rng):
         if i == 0:
-            own = (r for r in group if r.reward >= 0.5 and r.finished)
+            own = (r for r in group if r.reward >= 0.5)
             correct[:] = correct[1], next(own, correct[1])
         return choose(group, i, rng) and correct[0]
 
     sdpo.choose_demonstration = replaced
 
 
-def banned():
-    import evaluate
+def banned(tokenizer):
+    bias, generate = dict.fromkeys(marker_ids(tokenizer), -100), evaluate.generate
 
-    ids, answer = marker_ids(sdpo.load_tokenizer(flag("--model"), 1)[0]), evaluate.answer
+    def replaced(*args, **sampling):
+        return generate(*args, **{**sampling, "logit_bias": bias})
 
-    def replaced(llm, verifier, questions, name, params, seed):
-        params.logit_bias = dict.fromkeys(ids, -100)
-        return answer(llm, verifier, questions, name, params, seed)
-
-    evaluate.answer = replaced
-    evaluate.main()
+    evaluate.generate = replaced
 
 
 def errors(folders):
@@ -137,13 +150,9 @@ def main():
     if control == "errors":
         errors(sys.argv[1:])
     elif control == "banned":
-        banned()
+        begin(evaluate, banned)
     elif control in ("no_markers", "no_marker_loss", "no_answer_loss", "other_question"):
-        globals()[control](sdpo.load_tokenizer(flag("--model"), 1)[0])
-        parse_args = sdpo.parse_args
-        # into config.json, so that report.py takes it for no run of the plain sdpo.py
-        sdpo.parse_args = lambda: argparse.Namespace(**vars(parse_args()), control=control)
-        sdpo.main()
+        begin(sdpo, globals()[control])
     else:
         sys.exit(__doc__)
 

@@ -1,0 +1,89 @@
+"""token_kl.py: a KL worked out by hand, which answers it reads, what it refuses. No vLLM."""
+import json
+import math
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import sdpo
+import token_kl
+from common import ROOT, lines, refusal, toy
+
+STUDENT, TEACHER = [0.7, 0.2, 0.1], [0.25, 0.25, 0.5]
+
+
+def record(response, correct=1.0, finished=True):
+    return dict(response=response, correct=correct, finished=finished)
+
+
+def write_round(folder, *groups):
+    folder.mkdir(exist_ok=True)
+    sdpo.write_lines(folder / "round_0000.jsonl", [
+        dict(index=i, messages=[dict(role="user", content=f"{i} + 1?")], answer=str(i + 1),
+             contexts={"unguided": group} if group else {}) for i, group in enumerate(groups)])
+    return folder
+
+
+def test_kl_by_hand(monkeypatch):
+    """Of three tokens, at 700 places, in two chunks: .7 log(.7 / .25) + .2 log(.2 / .25) + ..."""
+    hidden = {"s": torch.tensor([STUDENT] * 700).log(), "t": torch.tensor([TEACHER] * 700).log()}
+    monkeypatch.setattr(sdpo, "response_hidden", lambda model, prompts, _: hidden[prompts[0]])
+    model = SimpleNamespace(get_output_embeddings=lambda: lambda h: h + 5)  # logits are no log p
+    kl = token_kl.token_kl(model, "s", "t", None)
+    by_hand = 0.7 * math.log(2.8) + 0.2 * math.log(0.8) + 0.1 * math.log(0.2)
+    assert kl.shape == (700,)
+    torch.testing.assert_close(kl, torch.full((700,), by_hand))
+    assert token_kl.token_kl(model, "t", "t", None).abs().max() < 1e-6
+
+
+def test_c_is_the_first_correct_answer_but_y(tmp_path):
+    group = [record("a", correct=0.0), record("b", finished=False), record("c"), record("d")]
+    folder = write_round(tmp_path / "rounds", group, [], [record("e"), record("f", correct=0.0)])
+    assert [(y, c) for _, y, c in token_kl.read_answers(folder)] == [
+        ("a", "c"), ("b", "c"), ("c", "d"), ("d", "c"), ("f", "e")]  # e has nobody else
+
+
+def test_the_whole_on_the_toy(tmp_path, monkeypatch, tokenizer):
+    """Against all logits at once."""
+    y, c = "<think>\n3? Perhaps: no.\n</think>\n\n\\boxed{4}", "<think>\n4? yes.\n</think>\n\n\\boxed{4}"
+    folder, out = write_round(tmp_path / "rounds", [record(y, 0.0), record(c)]), tmp_path / "o/kl.json"
+    monkeypatch.setattr(sys, "argv", ["token_kl.py", str(folder), "--model", str(ROOT / "toy/model"),
+                                      "--out", str(out)])
+    token_kl.main()
+    chat, model, ids = [dict(role="user", content="0 + 1?")], toy(), tokenizer.encode(y)
+    logs = []
+    for messages in (chat, sdpo.teacher_messages(chat, c, "full")):
+        prompt = sdpo.render(tokenizer, messages, True)
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+        logs.append(logits.double().log_softmax(-1))
+    kl = (logs[0].exp() * (logs[0] - logs[1])).sum(-1)
+    (table,) = lines(out)
+    assert sum(row["count"] for row in table.values()) == len(ids) and kl.sum() > 1e-3
+    for i in set(ids):
+        places = torch.tensor(ids) == i
+        assert table[str(i)] == dict(text=tokenizer.decode([i]), count=places.sum().item(),
+                                     kl=pytest.approx(kl[places].sum().item(), abs=1e-5))
+    assert not [*out.parent.glob("*.part")]
+
+
+@pytest.mark.parametrize("text, said", [
+    (None, "no round_*.jsonl"),
+    ("{}", "round_0000.jsonl, line 1: no question with answers"),
+    ("not json", "round_0000.jsonl, line 1: no question with answers"),
+    (json.dumps(dict(messages=[], contexts=dict(unguided=[record("a")]))), "no round_*.jsonl"),
+])
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, text, said):
+    if text:
+        (tmp_path / "round_0000.jsonl").write_text(text)
+    monkeypatch.setattr(sys, "argv", ["token_kl.py", str(tmp_path), "--model", "m",
+                                      "--out", str(tmp_path / "out.json")])
+    assert said in refusal(token_kl.main) and not (tmp_path / "out.json").exists()
+
+
+def test_no_such_model(tmp_path, monkeypatch):
+    folder = write_round(tmp_path / "rounds", [record("a"), record("b")])
+    monkeypatch.setattr(sys, "argv", ["token_kl.py", str(folder), "--model", "no/such/folder"])
+    assert "no/such/folder" in refusal(token_kl.main)

@@ -1,0 +1,81 @@
+"""Table 6 (App. B.6): how far apart are student and teacher on each token, before any training?
+
+    python token_kl.py --model deepseek-ai/DeepSeek-R1-Distill-Qwen-7B runs/conditions/rounds
+
+Reads the unguided answers y that generate_conditions.py has sampled; as in sdpo.py the teacher sees
+a correct answer c to the same question, here the first one that is not y itself; a y without a c is
+left out. Adds up KL(student || teacher) over the whole vocabulary by the token of y that stands
+there. Writes --out, {token id: {text, kl (the sum), count}}, for report.py. On one GPU, or on CPU.
+
+The files hold text: y is encoded again, without the token that ends it.
+"""
+import argparse
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import sdpo
+
+def read_answers(folder):
+    """[(messages, y, c)] of all questions in a folder of rounds."""
+    files, answers = sorted(Path(folder).glob("round_*.jsonl")), []
+    for file in files:
+        for number, line in enumerate(file.read_text().splitlines(), 1):
+            try:
+                question = json.loads(line)
+                group = question["contexts"].get("unguided", [])
+                for y in group:
+                    right = [r for r in group if r["correct"] and r["finished"] and r is not y]
+                    if right:
+                        answers.append((question["messages"], y["response"], right[0]["response"]))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{file}, line {number}: no question with answers ({error!r})")
+    if not answers:
+        raise ValueError(f"{folder}: no round_*.jsonl with a correct answer beside another")
+    return answers
+
+@torch.no_grad()
+def token_kl(model, student_prompt, teacher_prompt, response):
+    """KL(student || teacher) at each token of the response, (T,); (T, V) never exists."""
+    hidden = [sdpo.response_hidden(model, [prompt], [response]).split(sdpo.CHUNK)
+              for prompt in (student_prompt, teacher_prompt)]
+    head, chunks = model.get_output_embeddings(), []
+    for pair in zip(*hidden):
+        student, teacher = (head(h).float().log_softmax(-1) for h in pair)  # (C, V)
+        chunks.append(sdpo.divergence(student, teacher, alpha=1))
+    return torch.cat(chunks)
+
+def main():
+    parser = argparse.ArgumentParser(
+        description="Table 6: KL of student and teacher by token.", usage=argparse.SUPPRESS)
+    add, switch = parser.add_argument, argparse.BooleanOptionalAction
+    add("rounds", help="folder in generate_conditions.py's --out")
+    add("--model", required=True, help="hub id or folder of the model that gave the answers")
+    add("--enable_thinking", action=switch, default=True, help="as generate_conditions.py had it")
+    add("--out", default="runs/token_kl/token_kl.json", help="file to write (%(default)s)")
+    args = parser.parse_args()
+    try:
+        answers = read_answers(args.rounds)
+        path, tokenizer = sdpo.load_tokenizer(args.model, positions=1)
+    except Exception as error:  # what transformers raises has no common class
+        parser.error(" ".join(str(error).split()))
+    model = sdpo.load_model(path, "cuda" if torch.cuda.is_available() else "cpu")
+    kl, count = Counter(), Counter()  # by token id
+    for messages, y, c in tqdm(answers, unit="answer", leave=False,
+                               mininterval=0.1 if sys.stderr.isatty() else 60):
+        prompts = [sdpo.render(tokenizer, chat, args.enable_thinking)
+                   for chat in (messages, sdpo.teacher_messages(messages, c, "full"))]
+        ids = tokenizer.encode(y, add_special_tokens=False)
+        count.update(ids)
+        for i, value in zip(ids, token_kl(model, *prompts, ids).tolist()):
+            kl[i] += value
+    table = {i: dict(text=tokenizer.decode([i]), kl=kl[i], count=count[i]) for i in count}
+    sdpo.write_lines(Path(args.out), [table])
+    print(f"{len(table):,} tokens of {len(answers):,} answers: {args.out}")
+
+if __name__ == "__main__":
+    main()
