@@ -422,7 +422,8 @@ def test_each_remedy_brings_its_papers_settings():
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, flags, said):
     (tmp_path / "good.jsonl").write_text(json.dumps(dict(problem="1+1?", answer="2")))
     monkeypatch.chdir(tmp_path)
-    argv = ["--model", ROOT / "toy/model", "--data", "good.jsonl", "--eval_data", "good.jsonl"]
+    argv = ["--model", ROOT / "toy/model", "--data", "good.jsonl", "--eval_data", "good.jsonl",
+            "--max_response_tokens", "64"]
     with on_top():
         assert said in refusal_of_main(sdpo, monkeypatch, [*argv, *flags])
     assert not (tmp_path / "runs").exists()
