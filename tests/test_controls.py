@@ -67,7 +67,7 @@ def test_no_marker_loss_is_by_the_sampled_token(tokenizer):
 
 def test_no_answer_loss_is_up_to_the_end_of_thinking(tokenizer):
     close, end = tokenizer.convert_tokens_to_ids("</think>"), tokenizer.eos_token_id
-    targets = [5, close, 6, end, 7, 8, end, 9, close, 6]  # the second never closes, the third is cut
+    targets = [5, close, 6, end, 7, 8, end, 9, close, 6]  # the second never closes
     controls.no_answer_loss(tokenizer)
     _, without, _ = losses(targets, len(tokenizer))
     assert [*map(int, without > 0)] == [1, 1, 0, 0, 1, 1, 1, 1, 1, 0]
