@@ -716,6 +716,8 @@ def begin_run(args):
     path, script = Path(args.run_dir, "config.json"), Path(sys.argv[0]).name
     if os.environ.get("RANK", "0") != "0":
         return
+    if args.wandb:
+        import wandb  # before anything is written
     began = json.loads(path.read_text()) if path.exists() else {}
     files = [file for file in path.parent.glob("*") if file.suffix != ".part"]
     if files and began.get("script") != script:
@@ -723,7 +725,8 @@ def begin_run(args):
     if not resumable(args.run_dir):
         began = vars(args)
     changed = [f"--{name} was {began.get(name)}" for name, value in vars(args).items()
-               if began.get(name) != value and (name != "steps" or value < began["steps"])]
+               if began.get(name) != value and name != "run_dir"  # it may have been moved
+               and (name != "steps" or value < began["steps"])]
     if changed:
         raise ValueError(f"--run_dir {args.run_dir} began with other flags: {', '.join(changed)}; "
                          "repeat them, or name a new folder")
@@ -732,7 +735,6 @@ def begin_run(args):
     write_lines(path, [dict(vars(args), script=script, commit=commit, versions=versions,
                             world_size=int(os.environ.get("WORLD_SIZE", 1)))])
     if args.wandb:  # its own WANDB_PROJECT, WANDB_NAME, ... apply
-        import wandb
         wandb.init(id=re.sub(r"\W", "-", args.run_dir), resume="allow", config=vars(args))
 
 def write_lines(path, rows):

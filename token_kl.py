@@ -6,8 +6,7 @@ Reads the unguided answers y that generate_conditions.py has sampled; as in sdpo
 a correct answer c to the same question, here the first one that is not y itself; a y without a c is
 left out. Adds up KL(student || teacher) over the whole vocabulary by the token of y that stands
 there. Writes --out, {token id: {text, kl (the sum), count}}, for report.py. On one GPU, or on CPU.
-
-The files hold text: y is encoded again, without the token that ends it.
+The files hold text, so y is encoded again, without the token that ends it.
 """
 import argparse
 import json

@@ -28,7 +28,7 @@ def rollouts(lengths, teacher=(7, 8, 9)):
 def teacher_prompts(tokenizer, **flags):
     args = Namespace(**{**dict(demonstration="full", enable_thinking=False, teacher_thinking=False),
                         **flags})
-    question = dict(messages=[dict(role="user", content="1+1?")], solution="<think>a</think>It is 2.")
+    question = dict(messages=[dict(role="user", content="1+1?")], solution="<think>a</think>2.")
     group = rollouts([1, 1])
     sdpo.set_teacher_prompts(question, group, tokenizer, None, args)
     first, second = [tokenizer.decode(r.teacher_prompt_ids) for r in group]
@@ -38,12 +38,12 @@ def teacher_prompts(tokenizer, **flags):
 
 def test_every_teacher_sees_the_datas_solution(tokenizer):
     plain, empty = teacher_prompts(tokenizer), "<think>\n\n</think>\n\n"
-    assert "1+1?\nCorrect solution:\n\n<think>a</think>It is 2.\n\nCorrectly" in plain
+    assert "1+1?\nCorrect solution:\n\n<think>a</think>2.\n\nCorrectly" in plain
     assert plain.endswith(empty)
     assert teacher_prompts(tokenizer, teacher_thinking=True) == plain.removesuffix(empty)
     assert teacher_prompts(tokenizer, enable_thinking=True) == plain.removesuffix(empty)
     without = teacher_prompts(tokenizer, demonstration="without_think")
-    assert "solution:\n\nIt is 2." in without
+    assert "solution:\n\n2." in without
 
 
 def test_the_loss_is_on_the_first_tokens_only(alone):

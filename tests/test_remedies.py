@@ -98,7 +98,8 @@ def test_antisd_gate(alone, tmp_path):
     gate = remedies.antisd.gate
     assert gate(1.0, [1.0] * 4) == 0  # the fifth step of warm-up
     before = [0.8, 0.9, 1.0, 1.1, 1.2]
-    assert [gate(median, before) for median in (1.5, 1.0, 0.965, 0.93, 0.5)] == near(1, 1, 0.5, 0, 0)
+    gates = [gate(median, before) for median in (1.5, 1.0, 0.965, 0.93, 0.5)]
+    assert gates == near(1, 1, 0.5, 0, 0)
     args = args_of("antisd", run_dir=tmp_path)
     assert remedies.antisd.first_medians(args) == []  # the first step: no log
     with open(tmp_path / "metrics.jsonl", "w") as file:
@@ -263,7 +264,7 @@ def test_signs_on_an_epistemic_token(alone, tmp_path):
     assert of("srpo", 1.0) == near(reward)
     assert of("srpo", 0.0) == near(0.5 * sdpo_js) and of("srpo", 0.0) < 0
     assert of("srpo", 0.0, None) == near(-reward)
-    # up, beyond the reward (A / std: 1), and for a wrong answer less far down: the teacher doubts it
+    # up, beyond the reward (A / std: 1), and for a wrong answer less far down
     bonus = 0.5 * (LOG2 - math.log(1 + 1 / 6)) / 2 * 0.4  # softplus(u) = log(1 + T / S)
     assert of("antisd", 1.0) == near(2 * reward + bonus)
     assert of("antisd", 0.0) == near(bonus - 2 * reward)
@@ -318,9 +319,8 @@ def make_batch(script, remedy, args):
 
 def gradient_of(script, args, teacher=None, moved=0.0):
     """{name: this rank's share of the gradient} of one update, and its metrics."""
-    patch = on_top() if script is remedies else mock.patch.object(script, "MISMATCH_LIMIT", math.inf)
-    with patch:
-        below = sdpo if script is remedies else script
+    below = sdpo if script is remedies else script
+    with on_top() if script is remedies else mock.patch.object(script, "MISMATCH_LIMIT", math.inf):
         ddp, optimizer = learner(below, args)
         gradient = gradients_of(optimizer)
         with torch.no_grad():
@@ -422,7 +422,8 @@ def test_each_remedy_brings_its_papers_settings():
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, flags, said):
     (tmp_path / "good.jsonl").write_text(json.dumps(dict(problem="1+1?", answer="2")))
     monkeypatch.chdir(tmp_path)
-    argv = ["--model", ROOT / "toy/model", "--data", "good.jsonl", "--eval_data", "good.jsonl"]
+    argv = ["--model", ROOT / "toy/model", "--data", "good.jsonl", "--eval_data", "good.jsonl",
+            "--max_response_tokens", "64"]
     with on_top():
         assert said in refusal_of_main(sdpo, monkeypatch, [*argv, *flags])
     assert not (tmp_path / "runs").exists()

@@ -47,10 +47,10 @@ def test_c_is_the_first_correct_answer_but_y(tmp_path):
 
 def test_the_whole_on_the_toy(tmp_path, monkeypatch, tokenizer):
     """Against all logits at once."""
-    y, c = "<think>\n3? Perhaps: no.\n</think>\n\n\\boxed{4}", "<think>\n4? yes.\n</think>\n\n\\boxed{4}"
-    folder, out = write_round(tmp_path / "rounds", [record(y, 0.0), record(c)]), tmp_path / "o/kl.json"
-    monkeypatch.setattr(sys, "argv", ["token_kl.py", str(folder), "--model", str(ROOT / "toy/model"),
-                                      "--out", str(out)])
+    y, c = "<think>\n3? Perhaps: no.\n</think>\n\n4", "<think>\n4? yes.\n</think>\n\n\\boxed{4}"
+    folder, out = write_round(tmp_path / "rounds", [record(y, 0.0), record(c)]), tmp_path / "o/kl"
+    argv = ["token_kl.py", folder, "--model", ROOT / "toy/model", "--out", out]
+    monkeypatch.setattr(sys, "argv", [*map(str, argv)])
     token_kl.main()
     chat, model, ids = [dict(role="user", content="0 + 1?")], toy(), tokenizer.encode(y)
     logs = []

@@ -93,8 +93,11 @@ def no_answer_loss(tokenizer):
     close, end = tokenizer.convert_tokens_to_ids("</think>"), tokenizer.eos_token_id
 
     def after_think(targets):  # answers stand one after the other, each ends with `end`
-        opened, ended = (targets == close).cumsum(0), (targets == end).cumsum(0)
-        return opened - (targets == close).long() > ended - (targets == end).long()
+        closes = (targets == close).long()
+        closed = closes.cumsum(0)
+        in_answers_before = torch.where(targets == end, closed, 0).cummax(0).values.roll(1)
+        in_answers_before[:1] = 0
+        return closed - closes > in_answers_before
 
     without_loss(after_think)
 
