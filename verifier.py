@@ -7,8 +7,8 @@ in processes that can be killed, for model text is hostile: `\prod_{n=1}^{10^9} 
 
 Given up: right, but gets 0                  Given up: wrong, but gets 1
 204 for 204_5, 1010_2 for 1010               15 cm for 15 cm^2, 36 cents or 36% for \$36
-\frac{\pi}{6} for 30^\circ, \pi for 3.14     42 weird; 42 and a word that changes it, but not listed
-e^0 or \log_2 8 for a number; 1 4/5          y = 5 where x is asked; k = 2k for 2k
+\frac{\pi}{6} for 30^\circ, \pi for 3.14     42 pairs, 42 score: a word that no list here has
+e^0, \log_2 8; R^2 = 42, \cos A = \frac34    y = 5 where x is asked; k = 2k for 2k; 1% for 1
 7 goats and 4 toys for 7,4; (C) 12 for (C)   \sqrt{51} \approx 9.9 for \sqrt{51}
 """
 
@@ -175,6 +175,7 @@ _UNICODE = str.maketrans({
 _SCALES = dict(hundred=2, thousand=3, million=6, billion=9, trillion=12)
 _SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
     (r"(?<!\\)\\! ?|\\(?:text)?color ?\{[^{}]*+\}|\\phantom\{\.\}|^ ?\*\*|\*\* ?$|\\\\ ?$", ""),
+    (r"(?<!\\)\\(?=[-0-9])", r"\\\\"),  # a matrix whose rows lost a backslash
     (r"\\([A-Za-z]++)", lambda m: _COMMANDS.get(m[1], m[0])),
     (r"(?:(?<!\\)\$|(?<!\\)\\[()\[\],;:> ]|~|\s)++", " "),
     (r"\\text ?\{ ?(?:negative|minus) ?\}", "-"),
@@ -260,8 +261,7 @@ def _value(node):
 
 
 def read_number(text):
-    """(value, half of its last decimal place or 0, is it in percent) of a text that is one number,
-    maybe as arithmetic (7^6, 2(8), 4!) and with a unit; else None."""
+    """(value, half its last decimal place, percent?) of a text that is one number; else None."""
     end = _ARITHMETIC.match(text).end()
     python = text[:end]
     if (not _UNIT.fullmatch(text, end) or _CHANGING.search(text, end)
@@ -303,7 +303,7 @@ def states(answer, gold):
     answer, congruent, modulus = answer.partition(r"\pmod")
     sides = re.split(r" ?(?:=|\\approx|\\equiv) ?", answer.strip())
     found = [read_number(side) for side in sides[sides[0] == "":]  # `= 5` has an empty side
-             if not _NAME.fullmatch(side) or _CHANGING.search(side)]
+             if side == sides[-1] or not _NAME.fullmatch(side) or _CHANGING.search(side)]
     if not found or None in found or found[0][0] < 0 and re.fullmatch(r"[0-9]+ ?- ?[0-9]+", answer):
         return False  # 1-10 is a range
     if congruent and agree(gold, found[-1]):  # 2025 \equiv 25 \pmod{1000}
@@ -356,7 +356,7 @@ def settle(gold, answer):
         sides = _LABEL.sub("", answer).split("=")  # x=1, x=2 for 1, 2
     sides = [side for side in sides if side.replace(" ", "") != gold.replace(" ", "")]
     sides = [f"({s})" if gold[:1] == "(" != s[:1] and "," in s else s for s in sides]  # x=1, y=2
-    marks = ":" if re.search(r"[<>]|\\[lg]e|\\pm", gold + answer) else ":,["
+    marks = ":=" if re.search(r"[<>]|\\[lg]e|\\pm", gold + answer) else ":=,["
     count = [[text.replace(r"\sqrt[", "").count(m) for m in marks] for text in (gold, *sides)]
     unordered = "," in gold and (answer[:1] == "(" and gold[:1] not in "(["
                                  or gold[:1] + answer[:2] == r"(\{")

@@ -20,7 +20,7 @@ from hostile import corpus
 
 
 def load(path):
-    spec = importlib.util.spec_from_file_location(f"verifier_{Path(path).stem}_{len(str(path))}", path)
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.Verifier
@@ -38,7 +38,9 @@ def rate(verifier, pairs, repeats=1):
 
 
 def stopped(verifier):
-    return verifier.stopped if hasattr(verifier, "stopped") else verifier.timeouts + verifier.crashes
+    if hasattr(verifier, "stopped"):
+        return verifier.stopped
+    return verifier.timeouts + verifier.crashes  # of the verifier.py before this one
 
 
 def measure(Verifier, args):
@@ -47,7 +49,7 @@ def measure(Verifier, args):
     cases = {
         "exact matches": [(str(i), f"So \\boxed{{{i}}}") for i in range(n)],
         "wrong integers": [(str(i), f"So \\boxed{{{i + 1}}}") for i in range(n)],
-        "right, other spelling": [(str(i), f"So \\boxed{{x = {i}\\text{{ cm}}}}") for i in range(n)],
+        "right, other spelling": [(str(i), f"\\boxed{{x = {i}\\text{{ cm}}}}") for i in range(n)],
         "wrong, other spelling": [(str(i), f"\\boxed{{\\frac{{{i}}}{{7}}}}") for i in range(1, n)]}
     with Verifier(workers=1) as verifier:
         for name, pairs in cases.items():
@@ -57,7 +59,7 @@ def measure(Verifier, args):
     for workers in (1, 2):
         with Verifier(workers=workers, timeout=args.timeout) as verifier:
             rate(verifier, formulas[:50])  # the workers have started
-            found[f"formulas, {workers} worker(s), a second"] = rate(verifier, formulas[50:])
+            found[f"formulas, {workers} worker(s), a second"] = rate(verifier, formulas[50:], 3)
     hostile = [(gold, response) for _, response, gold in rng.sample(corpus(), n // 20)]
     with Verifier(workers=2, timeout=args.timeout) as verifier:
         rate(verifier, formulas[:50])
@@ -84,7 +86,8 @@ def main():
     start = time.perf_counter()
     for i in range(300):
         verify(parse(f"\\boxed{{{i}x + 3}}"), parse(f"So \\boxed{{3 + \\frac{{{3 * i}x}}{{3}}}}"))
-    print(f"{'formulas, math-verify in a loop, a second':60}{300 / (time.perf_counter() - start):10,.1f}")
+    loop = 300 / (time.perf_counter() - start)
+    print(f"{'formulas, math-verify in a loop, a second':60}{loop:10,.1f}")
     print(f"load of the machine: {load_before:.1f} before, {os.getloadavg()[0]:.1f} after, "
           f"{os.cpu_count()} CPUs")
 

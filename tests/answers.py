@@ -1,4 +1,4 @@
-"""Answers made from a gold: other spellings of it (equivalents), and what is not it (near misses)."""
+"""Answers made from a gold: other spellings (equivalents), and what is not it (near misses)."""
 import math
 import random
 import re
@@ -98,7 +98,8 @@ def equivalents(gold):
         add("wrapper", r"\text{@}  \mathrm{@}", str(n))
         add("arithmetic", "# + 4 = @", str(n), str(n - 4))
         if n > 0:
-            ending = "th" if n % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(n % 10, "th")
+            teen = n % 100 in (11, 12, 13)
+            ending = "th" if teen else {1: "st", 2: "nd", 3: "rd"}.get(n % 10, "th")
             add("ordinal", r"@^{\text{#}}  @\text{#}  @#", str(n), ending)
             add("percent", r"@\%  @ \text{ percent}", str(n))
         for mark in (",", "{,}", r",\!", r"\,", " ") if n >= 10_000 else ():

@@ -44,7 +44,8 @@ def test_every_schema(tmp_path, row, suffix):
     else:
         path.write_text(json.dumps([row] if suffix == ".json" else row))
     (question,) = load_questions(str(path))
-    assert question.pop("solution", None) == (row["solution"] if row.get("answer") == " 2 " else None)
+    beside = row["solution"] if row.get("answer") == " 2 " else None
+    assert question.pop("solution", None) == beside
     assert question == dict(messages=[dict(role="user", content=ASKED)], answer="2")
 
 

@@ -152,14 +152,13 @@ def test_two_numbers_side_by_side_are_never_their_sum(verifier):
 
 @pytest.mark.parametrize("text, value", [
     ("7^6", 7**6), ("1+8+27", 36), (r"2^{2^4}", 65536), ("2(8)^2", 128), ("-3^2", -9), ("4!", 24),
-    (r"1\frac{4}{5}", Fraction(9, 5)), (r"-1\frac{1}{2}", Fraction(-3, 2)), ("1.50", Fraction(3, 2)),
+    (r"1\frac{4}{5}", Fraction(9, 5)), (r"-1\frac{1}{2}", Fraction(-3, 2)), ("1.5", Fraction(3, 2)),
     (r"\binom{9}{2}", 36), (r"\sqrt{1764}", 42), (r"3(\frac82)", 12), (r"2025 \bmod 1000", 25),
     (r"3 \text{ million}", 3 * 10**6), (r"0.1\overline{6}", Fraction(1, 6)), ("045", 45),
     *[(text, None) for text in (
         "", "x", "1 2", r"\sqrt{8}", "5!!", "--5", "1/0", "2^{0.5}", "9^{9^9}", "(200!)^{200}",
-        "(" * 300 + "1" + ")" * 300, "1" + "+1" * 249, "5 +", "()", r"\frac{1}", "5[1]", "1e5",
-        "0x10", "1_000", "5 if 1 else 6", "__import__('os')", "1,2", r"5\frac{8}{2}", "٤٢")
-      if text != "1" + "+1" * 249],
+        "(" * 300 + "1" + ")" * 300, "5 +", "()", r"\frac{1}", "5[1]", "1e5",
+        "0x10", "1_000", "5 if 1 else 6", "__import__('os')", "1,2", r"5\frac{8}{2}", "٤٢")],
 ])
 def test_read_number(text, value):
     found = read_number(verifier_module.clean(text))
@@ -255,7 +254,7 @@ def test_every_pattern_takes_linear_time(monkeypatch):
     for pattern in found:
         parts = sorted({p for p in pieces(re._parser.parse(pattern.pattern, pattern.flags)) if p})
         rng = random.Random(0)
-        mixed = ["".join(rng.choices(parts, k=rng.randint(2, 6))) for _ in range(60)] if parts else []
+        mixed = ["".join(rng.choices(parts or [""], k=rng.randint(2, 6))) for _ in range(60)]
         for piece in [*parts, *mixed]:
             text = (piece * 500)[:500] + "\0"
             for run in (pattern.fullmatch, lambda t: pattern.sub("", t)):
@@ -266,10 +265,10 @@ def test_every_pattern_takes_linear_time(monkeypatch):
     assert not slow, sorted(slow)[::-1][:5]
 
 
-PIECES = ("a 9 \\ { } ( ) [ ] $ ~ % ² √ = < , . / ^ _ + - ! | : ' and or cm/ x= 9, 999, 1/ {,} \\, "
-          "\\text{ \\text{a} \\frac \\frac{1}{2} \\sqrt \\sqrt[ \\color{ \\pmod 0.\\overline{3} ^\\circ "
-          "\\cos\\alpha \\Rightarrow \\sin \\{ \\left( \\right) \\begin{ \\approx \\equiv \\cdot \\binom "
-          "\\cdots AB f(x) |z| _{1} ^{2} 9 million percent th").split(" ") + [" "]
+PIECES = (r"a 9 \ { } ( ) [ ] $ ~ % ² √ = < , . / ^ _ + - ! | : ' and or cm/ x= 9, 999, 1/ {,} \, "
+          r"\text{ \text{a} \frac \frac{1}{2} \sqrt \sqrt[ \color{ \pmod 0.\overline{3} ^\circ "
+          r"\cos\alpha \Rightarrow \sin \{ \left( \right) \begin{ \approx \equiv \cdot \binom "
+          r"\cdots AB f(x) |z| _{1} ^{2} 9 million percent th").split(" ") + [" "]
 
 
 @pytest.mark.parametrize("gold", ["42", r"\sqrt{51}", "(1,2)", "even"])
@@ -277,7 +276,7 @@ def test_what_runs_in_the_trainers_process_is_quick(gold):
     """Random LaTeX, and what made an earlier pattern hang: 102 and 88 characters, 12 s and more."""
     rng, slow = random.Random(0), []
     texts = ["".join(rng.choices(PIECES, k=rng.randint(5, 150)))[:500] for _ in range(500)]
-    texts += [(rng.choice(PIECES) + rng.choice(PIECES) + rng.choice(PIECES)) * 60 for _ in range(500)]
+    texts += ["".join(rng.choices(PIECES, k=3)) * 60 for _ in range(500)]
     texts += [r"\Rightarrow" * 8 + "x^2=42", r"\cos\alpha\cos\beta\cos\gamma\cos\delta+\sin\alpha"
               r"\sin\beta\sin\gamma\sin\delta\cdot 1=1", "(200!)^{200}" * 40, "9!^{99}*" * 60]
     for text in texts:
@@ -410,7 +409,8 @@ def test_batches(verifier, monkeypatch):
     monkeypatch.setattr(Verifier, "_ask", lambda self, line: sent.append(line) or real(self, line))
     assert grade(verifier, [ALGEBRA] * 512) == [1.0] * 512
     assert len(sent) == 1  # a pair is compared once
-    assert verifier.verify([box("9" * 10**6), "\ud800" + box("5")], ["9" * 10**6 + "1", "5"]) == [0, 1]
+    long = "9" * 10**6
+    assert verifier.verify([box(long), "\ud800" + box("5")], [long + "1", "5"]) == [0.0, 1.0]
 
 
 def test_import_is_light():
