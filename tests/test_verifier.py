@@ -354,12 +354,13 @@ def test_no_process_is_left_after_close():
 
 def test_an_interrupt_leaves_no_late_verdict():
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from verifier import Verifier\n"
-            "own = Verifier(workers=1, timeout=3)\n"
+            "own = Verifier(workers=1, timeout=8); print('begun', flush=True)\n"
             "try: own.verify([r'\\boxed{%s}'], [r'\\sqrt{5}']); print('nothing', flush=True)\n"
             "except KeyboardInterrupt: print('interrupted', flush=True)\n"
             "print(own.verify([r'\\boxed{1+x+0}'], ['x+1']), flush=True)\n" % ENDLESS)
     run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    time.sleep(4)
+    assert run.stdout.readline() == "begun\n"
+    time.sleep(3)  # the worker starts in one, and would be stopped after eight
     run.send_signal(signal.SIGINT)
     assert run.communicate(timeout=60)[0].split("\n")[:2] == ["interrupted", "[1.0]"]
 
