@@ -315,7 +315,7 @@ def sleep(llm):
         llm.sleep(level=2)
 
 def sync_weights(llm, model):
-    """Wakes vLLM with the model's weights, written in place. The gradients' memory becomes its."""
+    """Wakes vLLM with the model's weights, written in place; frees gradients for its cache."""
     model.zero_grad(set_to_none=True)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # what torch's allocator still holds

@@ -32,7 +32,6 @@ import logging
 import math
 import os
 import random
-import re
 import resource
 import shutil
 import subprocess
@@ -429,7 +428,7 @@ def sleep(llm):
         llm.sleep(level=2)
 
 def sync_weights(llm, model):
-    """Wakes vLLM with the model's weights, written in place. The gradients' memory becomes its."""
+    """Wakes vLLM with the model's weights, written in place; frees gradients for its cache."""
     model.zero_grad(set_to_none=True)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # what torch's allocator still holds
@@ -500,7 +499,7 @@ def log(args, step, rollouts, metrics, seconds):
     say(f"step {step}/{args.steps}  {epistemic.line(m)}  loss {m['loss']:.3f}  {left} left")
     if m["skipped"] or not m["trained"]:
         say(f"  {m['skipped']} updates skipped: the gradient was not finite" if m["skipped"] else
-            "  no update: no rollout has a loss, since groups are all right or all wrong")
+            "  no update: every group is all right or all wrong")
 
 class progress(tqdm):
     """A bar that leaves no line on a terminal; elsewhere it writes once a minute at most."""
@@ -634,6 +633,7 @@ def begin_run(args):
     if args.wandb:
         import wandb  # before anything is written
     began = json.loads(path.read_text()) if path.exists() else {}
+    run_id = began.get("id") or f"{time.time_ns():x}"  # another than that of any other folder
     files = [file for file in path.parent.glob("*") if file.suffix != ".part"]
     if files and began.get("script") != script:
         raise ValueError(f"--run_dir {args.run_dir} holds something else: name a new folder")
@@ -647,10 +647,11 @@ def begin_run(args):
                          "repeat them, or name a new folder")
     commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
     versions = dict(torch=torch.__version__, transformers=transformers.__version__)
-    write_lines(path, [dict(vars(args), script=script, commit=commit, versions=versions,
+    write_lines(path, [dict(vars(args), script=script, id=run_id, commit=commit, versions=versions,
                             world_size=int(os.environ.get("WORLD_SIZE", 1)))])
     if args.wandb:  # its own WANDB_PROJECT, WANDB_NAME, ... apply
-        wandb.init(id=re.sub(r"\W", "-", args.run_dir), resume="allow", config=vars(args))
+        name = os.environ.get("WANDB_NAME", args.run_dir)
+        wandb.init(id=run_id, name=name, resume="allow", config=vars(args))
 
 def write_lines(path, rows):
     """JSON Lines, written aside and renamed: a reader never finds half a file."""

@@ -118,7 +118,7 @@ def find(roots):
             found[inner or own, int(seeds[-1][5:]), path] = None
     return {key: read_json(key[2] / "config.json") for key in sorted(found)}
 
-UNCOMPARED = re.compile("run_dir|seed|commit|versions|world_size|resume|wandb|steps|.*_every|"
+UNCOMPARED = re.compile("run_dir|seed|id|commit|versions|world_size|resume|wandb|steps|.*_every|"
                         "eval_.*|tokens_per_.*|recompute_.*|offload_.*|gpu_memory_.*")
 
 class Found:

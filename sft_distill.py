@@ -439,6 +439,7 @@ def begin_run(args):
     if args.wandb:
         import wandb  # before anything is written
     began = json.loads(path.read_text()) if path.exists() else {}
+    run_id = began.get("id") or f"{time.time_ns():x}"  # another than that of any other folder
     files = [file for file in path.parent.glob("*") if file.suffix != ".part"]
     if files and began.get("script") != script:
         raise ValueError(f"--run_dir {args.run_dir} holds something else: name a new folder")
@@ -452,10 +453,11 @@ def begin_run(args):
                          "repeat them, or name a new folder")
     commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
     versions = dict(torch=torch.__version__, transformers=transformers.__version__)
-    write_lines(path, [dict(vars(args), script=script, commit=commit, versions=versions,
+    write_lines(path, [dict(vars(args), script=script, id=run_id, commit=commit, versions=versions,
                             world_size=int(os.environ.get("WORLD_SIZE", 1)))])
     if args.wandb:  # its own WANDB_PROJECT, WANDB_NAME, ... apply
-        wandb.init(id=re.sub(r"\W", "-", args.run_dir), resume="allow", config=vars(args))
+        name = os.environ.get("WANDB_NAME", args.run_dir)
+        wandb.init(id=run_id, name=name, resume="allow", config=vars(args))
 
 def write_lines(path, rows):
     """JSON Lines, written aside and renamed: a reader never finds half a file."""

@@ -228,7 +228,7 @@ def test_a_step_without_an_advantage_computes_nothing_and_says_so(alone, tmp_pat
     batch = sampled(ddp, [(0.5, -0.5)] * 4)
     grpo.log(args, 2, batch, grpo.update(ddp, optimizer, batch, 1e-2), seconds)
     first, why, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("step 1/2 ") and "no update: no rollout has a loss" in why
+    assert first.startswith("step 1/2 ") and "no update: every group is all right or all wrong" in why
     assert second.startswith("step 2/2 ")
     one, two = lines(tmp_path / "metrics.jsonl")
     assert (one["trained"], two["trained"]) == (0, 1)

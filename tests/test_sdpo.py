@@ -545,6 +545,11 @@ def test_wandb_gets_the_metrics(tmp_path, alone, monkeypatch):
     sdpo.begin_run(args)
     sdpo.log(args, 3, [rollout([1], [1, 2])], dict(loss=0.5, skipped=0, trained=1),
              dict(rollout=1.0, update=1.0))
-    (begun, (step, metrics)) = sent
+    sdpo.begin_run(args)  # the same command again: the same run there
+    other = sdpo.make_parser().parse_args(
+        ["--model", "m", "--run_dir", str(tmp_path / "other"), "--wandb"])
+    sdpo.begin_run(other)
+    (begun, (step, metrics), again, another) = sent
+    assert begun["id"] == again["id"] != another["id"] and begun["resume"] == "allow"
     assert begun["config"]["lr"] == 1e-5 and step == 3 and metrics["length"] == 2
     assert lines(tmp_path / "run/metrics.jsonl") == [metrics]
