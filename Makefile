@@ -23,7 +23,7 @@ TRAIN := $(TOY) --data toy/data/train.jsonl --num_questions 512 --eval_data $(BE
 
 .PHONY: demo study controls opsd remedies test quick test-kill
 demo: .venv/installed
-	@echo "Five contexts, SFT on two sets, GRPO and SDPO on a 1M-parameter model: about 6 minutes on"
+	@echo "Five contexts, SFT on two sets, GRPO and SDPO on a 1M-parameter model: about 5 minutes on"
 	@echo "two CPU cores. Then Tables 1 and 2, the curves, and a picture in runs/demo/report.png."
 	rm -rf $(DEMO)
 	$(MAKE) --no-print-directory -j $(JOBS) $(DEMO)/sdpo $(DEMO)/sft/eval $(DEMO)/grpo
