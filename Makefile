@@ -21,7 +21,7 @@ TRAIN := $(TOY) --data toy/data/train.jsonl --num_questions 512 --eval_data $(BE
     --steps 20 --questions_per_step 12 --minibatch_questions 12 --warmup_steps 3 --save_every 10 \
     --tokens_per_micro_batch 8192 --no-recompute_layers
 
-.PHONY: demo study controls opsd remedies test quick test-kill
+.PHONY: demo study coverage controls opsd remedies test quick test-kill
 demo: .venv/installed
 	@echo "Five contexts, SFT on two sets, GRPO and SDPO on a 1M-parameter model: about 5 minutes on"
 	@echo "two CPU cores. Then Tables 1 and 2, the curves, and a picture in runs/demo/report.png."
@@ -45,8 +45,8 @@ $(DEMO)/sft/eval: $(DEMO)/conditions
 
 # The whole miniature with three seeds, resumable: it says first how long it will take.
 study: .venv/installed
-	.venv/bin/python toy/study.py controls study opsd remedies --jobs $(JOBS)
-controls opsd remedies: .venv/installed
+	.venv/bin/python toy/study.py controls study coverage opsd remedies --jobs $(JOBS)
+coverage controls opsd remedies: .venv/installed
 	.venv/bin/python toy/study.py $@ --jobs $(JOBS)
 
 test: $(TESTS)/installed

@@ -128,7 +128,7 @@ def errors(folders):
     """Sorts the wrong answers of each run's last evaluation: {"arm, benchmark": {kind: count}}."""
     asked = {name: [json.loads(line)["extra_info"] for line in
                     (ROOT / f"toy/data/{name}.jsonl").read_text().splitlines()]
-             for name in problems.SPLITS}
+             for name in ("in", "ood")}
     for folder in map(Path, folders):
         found = {}
         for evaluation in sorted(folder.glob("*/eval")):

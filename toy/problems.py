@@ -10,11 +10,12 @@ through the numbers in order and says "no" or "yes" to each, in one of two ways:
 so the word of doubt does work: it opens the only way to find the verdict out.  Who has the answer
 before him needs no check; who has not and leaves it out can only guess from the place in the list.
 
-    split   numbers   place of the answer             what it stands for
-    in      2 .. 4    90% the first                   the training questions, and fresh ones like them
-    ood     6 .. 8    evenly from the fourth on       AIME-like: the first thought is wrong
+    split      numbers   place of the answer         what it stands for
+    in         2 .. 4    90% the first               the training questions, and fresh ones like them
+    ood        6 .. 8    evenly from the fourth on   AIME-like: the first thought is wrong
+    coverage   3 .. 5    evenly                      Sec. 6: no place to guess, so that |D| decides
 
-    python toy/problems.py          # writes toy/data/{train,in,ood}.jsonl, seeded; no question twice
+    python toy/problems.py          # writes toy/data/*.jsonl, seeded; no question stands in two files
 """
 
 import argparse
@@ -30,7 +31,7 @@ CLOSE_UNCERTAIN = (  # App. C
     "skipping any steps, and include as much uncertainty or ambiguity in the explanation."
 )
 
-# The families: what is asked of x, and the steps that find its value.  Sec. 6's task coverage.
+# The families: what is asked of x, and the steps that find its value.
 FAMILIES = {
     "sum": ("the last digit of {a}x + {b} is {r}", lambda x, a, b: [
         (f"{a} * {x}", a * x), (f"{a * x} + {b}", a * x + b), (None, (a * x + b) % 10)]),
@@ -50,8 +51,13 @@ FAMILIES = {
     "largest": ("the largest digit of {a}x + {b} is {r}", lambda x, a, b: [
         (f"{a} * {x}", a * x), (f"{a * x} + {b}", a * x + b), (None, max(map(int, str(a * x + b))))]),
 }
-SPLITS = {"in": 0, "ood": 1}  # any split else is as `in`
-FIRST = 0.9  # how often the first number is the answer, in domain
+SPLITS = {  # numbers in the list; the place of the answer among n
+    "in": ((2, 4), lambda rng, n: 0 if rng.random() < 0.9 else rng.randrange(1, n)),
+    "ood": ((6, 8), lambda rng, n: rng.randrange(3, n)),
+    "coverage": ((3, 5), lambda rng, n: rng.randrange(n)),
+}
+FILES = {"in": "in", "ood": "ood", "train": "in", "coverage_test": "coverage",
+         "coverage": "coverage"}  # file: its split
 
 # How a trace looks, by what stands in the prompt: the chance that a verdict is found by a check.
 # The richer the context, the surer: this much is put in by hand, after Table 1's ordering
@@ -67,18 +73,19 @@ STYLE = {
 OPENERS = {"Wait, check:": 4, "Hmm, maybe:": 3, "Perhaps:": 2, "Might be:": 1}
 
 
-def make_problem(rng, hard, family=None):
-    """One problem; `hard`: a long list whose answer is not near its head."""
+def make_problem(rng, split, family=None):
+    """One problem of a split."""
+    (fewest, most), place = SPLITS[split]
     family = family or rng.choice(list(FAMILIES))
     steps = FAMILIES[family][1]
     while True:
         a, b, x = rng.randint(2, 9), rng.randint(2, 12), rng.randint(2, 15)
         r = steps(x, a, b)[-1][1]
         others = [y for y in range(2, 16) if steps(y, a, b)[-1][1] != r]
-        n = rng.randint(6, 8) if hard else rng.randint(2, 4)
+        n = rng.randint(fewest, most)
         if len(others) >= n - 1:
             break
-    place = rng.randrange(3, n) if hard else 0 if rng.random() < FIRST else rng.randrange(1, n)
+    place = place(rng, n)
     numbers = rng.sample(others, n - 1)
     numbers.insert(place, x)
     return dict(family=family, a=a, b=b, r=r, x=x, numbers=numbers)
@@ -139,7 +146,7 @@ def without_think(text):
 
 def pretraining_example(rng, hard, thinking=True):
     """(user message, answer): a problem under one of the contexts of Sec. 3 and App. C."""
-    problem = make_problem(rng, hard)
+    problem = make_problem(rng, "ood" if hard else "in")
     prompt = question(problem) + INSTRUCTION
     style = rng.choices(list(STYLE), [12, 2, 2, 2, 4])[0]
     if style == "unguided":
@@ -173,24 +180,20 @@ def row(problem, index, split):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default=str(Path(__file__).parent / "data"))
-    parser.add_argument("--train", type=int, default=1200, help="questions in train.jsonl")
+    parser.add_argument("--train", type=int, default=1200, help="questions in a training file")
     parser.add_argument("--eval", type=int, default=200, help="questions in each of the others")
-    parser.add_argument("--families", type=int, default=len(FAMILIES), help="the first so many")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    rng, families = random.Random(args.seed), list(FAMILIES)[:args.families]
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    seen = set()
-    suffix = "" if args.families == len(FAMILIES) else f"_families_{args.families}"
-    for split, size in (("in", args.eval), ("ood", args.eval), ("train", args.train)):
+    rng, families, seen = random.Random(args.seed), list(FAMILIES), set()
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    for name, split in FILES.items():
         rows = []
-        while len(rows) < size:
-            problem = make_problem(rng, split == "ood", families[len(rows) % len(families)])
+        while len(rows) < (args.train if name in ("train", "coverage") else args.eval):
+            problem = make_problem(rng, split, families[len(rows) % len(families)])
             if question(problem) not in seen:
                 seen.add(question(problem))
-                rows.append(row(problem, len(rows), split))
-        path = out / f"{split}{suffix}.jsonl"
+                rows.append(row(problem, len(rows), name))
+        path = Path(args.out, f"{name}.jsonl")
         path.write_text("".join(json.dumps(r) + "\n" for r in rows))
         print(f"{path}: {len(rows)} questions")
 

@@ -1,6 +1,6 @@
 """The miniature of the paper's experiments on the toy, run by run; and the report on them.
 
-    python toy/study.py study controls opsd remedies     # what to run; `make study` is all four
+    python toy/study.py study coverage controls opsd remedies   # what to run; `make study`: all
 
 A run that has ended with the same commands is not run again; one that was stopped begins anew.
 The plan stands first on the screen, with its time.  Each run's output goes to RUN.log beside its
@@ -48,9 +48,12 @@ TWO_MODES = "toy/pretrain.py --two_modes 0.5 --steps 200 --lr 1e-3 --out {}/two_
 OPSD = f"opsd.py {TRAIN} --lr {LR} --loss_tokens 32 --save_every 5"
 
 
-def families(k, out):
-    return (f" --data {out}/data/train_families_{k}.jsonl "
-            f"--eval_data {out}/data/in_families_{k}.jsonl toy/data/ood.jsonl")
+# Sec. 6: no place in the list that is mostly right. `gentle` keeps SDPO off the floor of guessing,
+# where the order of |D| would be lost; five times as many questions tell it.
+SIZES = (1, 8, 64, 128, 512, 1200)
+COVERAGE = ("--steps 80 --save_every 10 --data toy/data/coverage.jsonl "
+            "--eval_data toy/data/coverage_test.jsonl {}/ood.jsonl --num_questions {}")
+GENTLE = "--demonstration without_think --save_every 80"
 
 
 def runs(group, out):
@@ -75,13 +78,13 @@ def runs(group, out):
             "sdpo_ema": [f"{SDPO} --ema 0.05"], "sdpo_top_k_20": [f"{SDPO} --top_k 20"],
             "sdpo_lr_tenth": [f"{SDPO} --lr {LR / 10}"],
         }
-        for method, command in (("grpo", GRPO), ("sdpo", SDPO)):
-            for d in (1, 8, 64, 128):
-                chosen[f"{method}_{d}"] = [f"{command} --num_questions {d}"]
-            for k in (1, 2, 4):
-                chosen[f"{method}_families_{k}"] = [
-                    f"toy/problems.py --families {k} --out {out}/data", command + families(k, out)]
         return chosen
+    if group == "coverage":
+        chosen = {f"{method}_{d}": [f"{command} {COVERAGE.format('toy/data', d)}"]
+                  for d in SIZES for method, command in (("grpo", GRPO), ("sdpo", SDPO))}
+        return chosen | {f"sdpo_gentle_{d}": [
+            f"toy/problems.py --train 0 --eval 1000 --seed 1 --out {out}/data_{d}",
+            f"{SDPO} {COVERAGE.format(f'{out}/data_{d}', d)} {GENTLE}"] for d in (8, 512)}
     if group == "controls":
         chosen = {**corners, **{f"control_{c}": [SDPO.replace("sdpo.py", f"toy/controls.py {c}")]
                   for c in ("no_markers", "no_marker_loss", "no_answer_loss", "other_question")}}
@@ -136,8 +139,13 @@ def numbers(folders):
             config = json.loads((run.parent / "config.json").read_text()) if steps else {}
             base = "base" if config.get("model") == "toy/model" else (
                 "base_on" if config.get("enable_thinking") else "base_off")
-            for arm, file in zip((base, run.parent.name), (steps[0], steps[-1]) if steps else ()):
-                found[arm] = json.loads(file.read_text())
+            if steps:
+                found.setdefault(base, {})
+                found[base] = json.loads(steps[0].read_text()) | found[base]
+                lines = (run.parent / "metrics.jsonl").read_text().splitlines()[-10:]
+                found[run.parent.name] = json.loads(steps[-1].read_text()) | {
+                    "training": {q: fmean(json.loads(line)[q] for line in lines)
+                                 for q in ("score", "length", "epistemic")}}
             if not steps:  # evaluate.py's; of the base without doubt and of Table 2
                 models = json.loads((run / "summary.json").read_text())["models"]
                 for model, rows in models.items():
@@ -151,8 +159,7 @@ def numbers(folders):
             found |= {f"context_{c}": {"train": row} for c, row in contexts["contexts"].items()}
         for arm, rows in found.items():
             for benchmark, row in rows.items():
-                name = "in" if benchmark.startswith("in_") else benchmark
-                seen[arm][name].append(row)
+                seen[arm][benchmark].append(row)
     spread = lambda values: [round(fmean(values), 4),
                              round(stdev(values), 4) if len(values) > 1 else None, len(values)]
     return {arm: {benchmark: {q: spread([row[q] for row in rows])
@@ -175,7 +182,7 @@ def table(found, arms, benchmarks=("in", "ood")):
         if arm in found:
             cells = []
             for b, q in columns:
-                mean, sd, _ = found[arm][b][q]
+                mean, sd, _ = found[arm].get(b, {}).get(q, (None, None, 0))
                 cells.append(" ± ".join(number(q, n) for n in (mean, sd) if n is not None))
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -241,12 +248,10 @@ TABLES = {  # of toy/README.md, from results/toy/numbers.json
                  "(3) solution without think": "context_without_think",
                  "App. C: full solution, uncertain prompt": "context_uncertain",
                  "(4) regenerated": "context_regenerated", "(2) full solution": "context_full"},
-    "coverage": {
-        f"{method.upper()}, {what}": f"{method}{arm}" for method in ("grpo", "sdpo") for what, arm in [
-            *((f"{d} question{'s'[:d - 1]}, 8 families", f"_{d}") for d in (1, 8, 64, 128)),
-            ("512 questions, 8 families", ""),
-            *((f"512 questions, {k} famil{'y' if k == 1 else 'ies'}", f"_families_{k}")
-              for k in (4, 2, 1))]},
+    "coverage": {"base": "base", **{
+        f"{name}, {d:,} question{'s'[:d - 1]}": f"{arm}_{d}"
+        for name, arm, sizes in (("GRPO", "grpo", SIZES), ("SDPO", "sdpo", SIZES), (
+            "SDPO, c = s without think", "sdpo_gentle", (8, 512))) for d in sizes}},
     "opsd": {"base, thinking off": "base_off", "GRPO, thinking off": "off_grpo",
              "SDPO, thinking off": "off_sdpo", "base, thinking on": "base_on",
              "OPSD, student and teacher think": "opsd",
@@ -259,7 +264,8 @@ TABLES = {  # of toy/README.md, from results/toy/numbers.json
 
 def tables(found):
     """{name: Markdown}: what toy/README.md shows, of the numbers that there are."""
-    texts = {name: table(found["arms"], arms, ("train",) if name == "contexts" else ("in", "ood"))
+    benchmarks = dict(contexts=("train",), coverage=("training", "coverage_test", "ood"))
+    texts = {name: table(found["arms"], arms, benchmarks.get(name, ("in", "ood")))
              for name, arms in TABLES.items()}
     kl = ["| token | mean KL | count | ratio |\n|---|---|---|---|", *(
         f"| `{text}` | {kl:.3f} | {n} | {ratio:.1f} |"
@@ -270,13 +276,14 @@ def tables(found):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("groups", nargs="+", choices=["study", "controls", "opsd", "remedies"])
+    parser.add_argument("groups", nargs="+",
+                        choices=["study", "coverage", "controls", "opsd", "remedies"])
     parser.add_argument("--out", default="runs/study")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each on CPU")
     args = parser.parse_args()
     todo = {(seed, name): (name, commands, Path(args.out) / f"seed_{seed}", seed)
-            for group in args.groups for name in runs(group, args.out) for seed in args.seeds
+            for seed in args.seeds for group in args.groups for name in runs(group, args.out)
             for commands in [runs(group, f"{args.out}/seed_{seed}")[name]]}.values()
     left = [(name, commands, out, seed) for name, commands, out, seed in todo
             if not (out / name / "ended").exists()
