@@ -49,8 +49,9 @@ study: .venv/installed
 coverage controls opsd remedies: .venv/installed
 	.venv/bin/python toy/study.py $@ --jobs $(JOBS)
 
-test: $(TESTS)/installed
+test: $(TESTS)/installed $(if $(GPU),.venv/installed)
 	$(PYTEST) tests
+	$(if $(GPU),$(QUIET) .venv/bin/python -m pytest -q -p no:cacheprovider tests/test_gpu.py)
 quick: $(TESTS)/installed
 	$(PYTEST) -m "not vllm and not slow" tests
 test-kill: $(TESTS)/installed

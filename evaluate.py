@@ -21,15 +21,16 @@ github.com/beanie00/self-distillation-analysis):
   - they grade with a looser grader than they train with (it takes 5.4 for 540); here both are one
 """
 import argparse
-import hashlib
 import json
 import logging
 import math
 import os
 import re
+import signal
 import statistics
 import sys
 import time
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -155,16 +156,12 @@ def table(models):
 
 # --- run -----------------------------------------------------------------------------------------
 
-def shape(config):
-    """Models whose shapes are equal can share an engine."""
-    return config.model_type, config.hidden_size, config.num_hidden_layers, config.vocab_size
-
 def read_result(path, key):
     """The finished records of a benchmark, if they belong to these weights, data and flags."""
     belongs_to = path.with_suffix(".key")
     if not path.exists():
         return None
-    if not belongs_to.exists() or belongs_to.read_text() != key + fingerprint(path):
+    if not belongs_to.exists() or belongs_to.read_text() != f"{key} {path.stat().st_size}":
         return say(f"{path} is of other weights, data or flags, or not whole: evaluated again")
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -182,17 +179,21 @@ def sample_benchmark(llm, verifier, questions, name, sampling, args):
     return sorted(records, key=lambda r: r["index"])
 
 def main():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, without tracebacks
+    warnings.simplefilter("ignore", FutureWarning)  # the libraries', for their authors
     parser = make_parser()
     args = parser.parse_args()
     try:  # bad input ends with one line and exit code 2, before a model is loaded
         from transformers import AutoConfig
-        models = {}  # {name of its results: folder}
+        models, shapes = {}, set()  # models: {name of its results: folder}
         for name, model in result_names(args.model).items():
             models[name], tokenizer = load_tokenizer(model, 0)
             config = AutoConfig.from_pretrained(models[name])
-            if shape(config) != shape(AutoConfig.from_pretrained(next(iter(models.values())))):
-                raise ValueError(f"--model {model}: another shape than the others; evaluate it "
-                                 "with a command of its own")
+            shapes.add((config.model_type, config.hidden_size, config.num_hidden_layers,
+                        config.vocab_size, tokenizer.chat_template))
+            if len(shapes) > 1:  # they share the engine and the prompts
+                raise ValueError(f"--model {model}: another shape or chat template than the "
+                                 "others; evaluate it with a command of its own")
         benchmarks = {Path(s).stem: read_questions(s, tokenizer, args) for s in args.data}
         if len(benchmarks) < len(args.data):
             raise ValueError(f"--data: two benchmarks have one name ({' '.join(args.data)})")
@@ -200,8 +201,8 @@ def main():
         if list(Path(args.out).glob("metrics.jsonl")):
             raise ValueError(f"--out {args.out} is the folder of a training run: name another")
         flags = dict(vars(args), model=None, data=None, out=None, gpu_memory_utilization=None)
-        keys = {(model, Path(source).stem): fingerprint(path, source, str(flags | sampling))
-                for model, path in models.items() for source in args.data}
+        keys = {(model, Path(source).stem): f"{path} {source} {fingerprint(path, source)} "
+                f"{flags | sampling}" for model, path in models.items() for source in args.data}
     except Exception as error:  # what transformers, datasets and Jinja raise has no common class
         parser.error(" ".join(str(error).split()))
     device, out, llm, loaded = start_process_group(), Path(args.out), None, None
@@ -223,7 +224,8 @@ def main():
                 records = sample_benchmark(llm, verifier, benchmarks[name], name, sampling, args)
                 if dist.get_rank() == 0:
                     write_lines(path, records)
-                    path.with_suffix(".key").write_text(keys[model, name] + fingerprint(path))
+                    belongs_to = f"{keys[model, name]} {path.stat().st_size}"
+                    path.with_suffix(".key").write_text(belongs_to)
             rows[model][name] = summarise(records, args.samples)
             say(f"{model}  {name}  {rows[model][name]['score']:.3f}")
     say("\n" + table(rows))
@@ -239,7 +241,13 @@ def main():
 # --- prompts and models --------------------------------------------------------------------------
 
 def render(tokenizer, messages, enable_thinking):
-    """Token ids of a chat up to where the answer begins (Table 12); the template writes any BOS."""
+    """Token ids of a chat up to where the answer begins (Table 12); the template writes any BOS.
+
+    A control token that a message spells, such as <|im_end|>, stays text: a space breaks it.
+    """
+    control = "|".join(re.escape(t) for t in tokenizer.get_added_vocab() if "think" not in t)
+    messages = [dict(m, content=re.sub(control or "(?!)", lambda t: f"{t[0][0]} {t[0][1:]}",
+                                       m["content"])) for m in messages]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
                                          enable_thinking=enable_thinking)
     return tokenizer.encode(text, add_special_tokens=False)
@@ -260,7 +268,8 @@ def load_tokenizer(name, positions):
     from huggingface_hub import snapshot_download
     from transformers import AutoConfig, AutoTokenizer
     try:
-        path = name if Path(name).is_dir() else snapshot_download(name)
+        path = name if Path(name).is_dir() else snapshot_download(
+            name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"])
     except Exception as error:  # no such id, no network, no access: no common class
         raise ValueError(f"--model {name}: no folder, and not on the hub ({error})") from None
     config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
@@ -280,6 +289,7 @@ def load_model(path, device):
     model, found = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPE, output_loading_info=True)
     if found["missing_keys"]:  # transformers only warns, and draws them at random
         sys.exit(f"error: weights are missing in {path}: {sorted(found['missing_keys'])[:3]} ...")
+    model.generation_config.do_sample = True  # transformers saves no temperature without it
     return model.to(device)
 
 # --- vLLM ----------------------------------------------------------------------------------------
@@ -359,20 +369,11 @@ class progress(tqdm):
 # --- files and processes -------------------------------------------------------------------------
 
 def fingerprint(*sources):
-    """A hash of model folders and data files: name, size, first and last megabyte of each file.
-
-    A source that is no file, such as "aime24", counts by its name."""
-    digest = hashlib.sha256(repr(sources).encode())
-    for source in map(Path, sources):
-        for path in sorted(source.glob("*.safetensors")) if source.is_dir() else [source]:
-            if path.is_file():
-                with open(path, "rb") as file:
-                    size = file.seek(0, os.SEEK_END)
-                    digest.update(f"{path.name} {size}".encode())
-                    for start in (0, max(0, size - 2**20)):
-                        file.seek(start)
-                        digest.update(file.read(2**20))
-    return digest.hexdigest()
+    """Name, size and time of change of the files: data, and the weights in a model's folder."""
+    files = [file for source in map(Path, sources)
+             for file in (sorted(source.glob("*.safetensors")) if source.is_dir() else [source])]
+    return [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}"
+            for file in files if file.is_file()]
 
 def write_lines(path, rows):
     """JSON Lines, written aside and renamed: a reader never finds half a file."""

@@ -26,16 +26,17 @@ github.com/beanie00/self-distillation-analysis):
   - the prompt differs in white space from the one that SDPO's teacher gets
 """
 import argparse
-import hashlib
 import itertools
 import json
 import logging
 import math
 import os
 import re
+import signal
 import statistics
 import sys
 import time
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -139,7 +140,13 @@ def prompt_of(question, context, tokenizer, args):
     return render(tokenizer, messages, args.enable_thinking)
 
 def render(tokenizer, messages, enable_thinking):
-    """Token ids of a chat up to where the answer begins (Table 12); the template writes any BOS."""
+    """Token ids of a chat up to where the answer begins (Table 12); the template writes any BOS.
+
+    A control token that a message spells, such as <|im_end|>, stays text: a space breaks it.
+    """
+    control = "|".join(re.escape(t) for t in tokenizer.get_added_vocab() if "think" not in t)
+    messages = [dict(m, content=re.sub(control or "(?!)", lambda t: f"{t[0][0]} {t[0][1:]}",
+                                       m["content"])) for m in messages]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
                                          enable_thinking=enable_thinking)
     return tokenizer.encode(text, add_special_tokens=False)
@@ -259,6 +266,8 @@ def studied_of(questions):
 # --- run -----------------------------------------------------------------------------------------
 
 def main():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, without tracebacks
+    warnings.simplefilter("ignore", FutureWarning)  # the libraries', for their authors
     parser = make_parser()
     args = parser.parse_args()
     try:  # bad input ends with one line and exit code 2, before a model is loaded
@@ -408,7 +417,8 @@ def load_tokenizer(name, positions):
     from huggingface_hub import snapshot_download
     from transformers import AutoConfig, AutoTokenizer
     try:
-        path = name if Path(name).is_dir() else snapshot_download(name)
+        path = name if Path(name).is_dir() else snapshot_download(
+            name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"])
     except Exception as error:  # no such id, no network, no access: no common class
         raise ValueError(f"--model {name}: no folder, and not on the hub ({error})") from None
     config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
@@ -428,25 +438,17 @@ def load_model(path, device):
     model, found = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPE, output_loading_info=True)
     if found["missing_keys"]:  # transformers only warns, and draws them at random
         sys.exit(f"error: weights are missing in {path}: {sorted(found['missing_keys'])[:3]} ...")
+    model.generation_config.do_sample = True  # transformers saves no temperature without it
     return model.to(device)
 
 # --- files and processes -------------------------------------------------------------------------
 
 def fingerprint(*sources):
-    """A hash of model folders and data files: name, size, first and last megabyte of each file.
-
-    A source that is no file, such as "aime24", counts by its name."""
-    digest = hashlib.sha256(repr(sources).encode())
-    for source in map(Path, sources):
-        for path in sorted(source.glob("*.safetensors")) if source.is_dir() else [source]:
-            if path.is_file():
-                with open(path, "rb") as file:
-                    size = file.seek(0, os.SEEK_END)
-                    digest.update(f"{path.name} {size}".encode())
-                    for start in (0, max(0, size - 2**20)):
-                        file.seek(start)
-                        digest.update(file.read(2**20))
-    return digest.hexdigest()
+    """Name, size and time of change of the files: data, and the weights in a model's folder."""
+    files = [file for source in map(Path, sources)
+             for file in (sorted(source.glob("*.safetensors")) if source.is_dir() else [source])]
+    return [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}"
+            for file in files if file.is_file()]
 
 def write_lines(path, rows):
     """JSON Lines, written aside and renamed: a reader never finds half a file."""

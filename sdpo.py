@@ -29,6 +29,7 @@ out-of-distribution evaluation (eval/). `trained` is the share of rollouts with 
 `mismatch`, trainer against vLLM, stays flat: 1e-6 in float32, 1e-2 in bfloat16.
 """
 import argparse
+import fcntl
 import itertools
 import json
 import logging
@@ -38,9 +39,11 @@ import random
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -111,7 +114,13 @@ def check_args(args):
 # --- prompts -------------------------------------------------------------------------------------
 
 def render(tokenizer, messages, enable_thinking):
-    """Token ids of a chat up to where the answer begins (Table 12); the template writes any BOS."""
+    """Token ids of a chat up to where the answer begins (Table 12); the template writes any BOS.
+
+    A control token that a message spells, such as <|im_end|>, stays text: a space breaks it.
+    """
+    control = "|".join(re.escape(t) for t in tokenizer.get_added_vocab() if "think" not in t)
+    messages = [dict(m, content=re.sub(control or "(?!)", lambda t: f"{t[0][0]} {t[0][1:]}",
+                                       m["content"])) for m in messages]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
                                          enable_thinking=enable_thinking)
     return tokenizer.encode(text, add_special_tokens=False)
@@ -406,11 +415,16 @@ def update(ddp, teacher, optimizer, rollouts, lr):
                 skipped=sum(not math.isfinite(norm) for norm in norms), trained_tokens=int(tokens),
                 mismatch=mismatch / (tokens or 1), mismatch_max=mismatch_max.item(),
                 clipped=clipped / (tokens or 1), peak_memory_gb=(memory - unused) / 1e9,
+                # teacher's sequences longer than the model's positions, as in the authors' code
+                beyond=sum(r.tokens() > ddp.module.model.config.max_position_embeddings
+                           for r in rollouts),
                 trained=sum(r.weight > 0 for r in rollouts) / len(rollouts))
 
 # --- run -----------------------------------------------------------------------------------------
 
 def main():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, without tracebacks
+    warnings.simplefilter("ignore", FutureWarning)  # the libraries', for their authors
     parser = make_parser()
     args = parser.parse_args()
     try:  # bad input ends with one line and exit code 2, before a model is loaded
@@ -419,7 +433,7 @@ def main():
         path, tokenizer = load_tokenizer(args.model, positions)
         questions = choose_questions(read_questions(args.data, tokenizer, args), args)
         benchmarks = {Path(s).stem: read_questions(s, tokenizer, args) for s in args.eval_data}
-        begin_run(args)
+        begin_run(args, path)
     except Exception as error:  # what transformers, datasets and Jinja raise has no common class
         parser.error(" ".join(str(error).split()))
     if Path(args.run_dir, f"eval/step_{args.steps}.json").exists():
@@ -428,6 +442,9 @@ def main():
     llm = make_engine(path, positions, args, device)
     say(f"{args.model} loads")
     model, teacher = load_model(path, device), load_model(path, device)
+    if positions + args.max_response_tokens > model.config.max_position_embeddings:
+        say(f"question, demonstration and answer may pass the model's "
+            f"{model.config.max_position_embeddings:,} positions; `beyond` counts those that do")
     compile_layers(model, teacher)
     if args.recompute_layers:
         model.train().gradient_checkpointing_enable(dict(use_reentrant=False))
@@ -543,6 +560,7 @@ def evaluate(llm, verifier, benchmarks, step, args):
                       top_p=0.95, max_tokens=args.max_response_tokens)
     records = exchange([
         epistemic.record(o.text, o.reward, len(o.token_ids), o.finish_reason == "stop",
+                         question=q["messages"][-1]["content"],
                          **{key: q[key] for key in ("benchmark", "index", "answer")})
         for q, (o,) in zip(mine, groups)])
     means = {name: epistemic.averages([r for r in records if r["benchmark"] == name])
@@ -552,16 +570,20 @@ def evaluate(llm, verifier, benchmarks, step, args):
     if rank == 0:
         write_lines(path, sorted(records, key=lambda r: (r["benchmark"], r["index"])))
         write_lines(path.with_suffix(".json"), [means])
+        if args.wandb:
+            import wandb
+            wandb.log({f"eval/{name}": m for name, m in means.items()}, step=step)
 
 def log(args, step, rollouts, metrics, seconds):
     """A line of metrics.jsonl, one on the screen, and the first 64 texts of the step."""
+    path = Path(args.run_dir, "metrics.jsonl")
     if dist.get_rank():
         return
     records = [epistemic.record(r.text, r.reward, len(r.response_ids), r.finished, row=r.row)
                for r in rollouts]
     m = dict(step=step, **epistemic.averages(records), **metrics, seconds=seconds,
              tokens_per_second=sum(r["tokens"] for r in records) / sum(seconds.values()))
-    with open(Path(args.run_dir, "metrics.jsonl"), "a") as file:
+    with open(path, "a") as file:
         file.write(json.dumps(m) + "\n")
     write_lines(Path(args.run_dir, f"rollouts/step_{step}.jsonl"), records[:64])
     if args.wandb:
@@ -570,9 +592,13 @@ def log(args, step, rollouts, metrics, seconds):
     minutes = (args.steps - step) * sum(seconds.values()) / 60
     left = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
     say(f"step {step}/{args.steps}  {epistemic.line(m)}  loss {m['loss']:.3f}  {left} left")
-    if m["skipped"] or not m["trained"]:
-        say(f"  {m['skipped']} updates skipped: the gradient was not finite" if m["skipped"] else
-            "  no update: no rollout of this step is correct")
+    if m["skipped"]:
+        say(f"  {m['skipped']} updates skipped: the gradient was not finite")
+    if not m["trained"]:
+        say("  no update: no rollout of this step is correct")
+        last = [json.loads(line)["trained"] for line in path.read_text().splitlines()[-10:]]
+        if len(last) == 10 and not any(last):
+            say("  nor in the nine steps before: is the answers' column right?")
 
 class progress(tqdm):
     """A bar that leaves no line on a terminal; elsewhere it writes once a minute at most."""
@@ -599,6 +625,7 @@ def load_model(path, device):
     model, found = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPE, output_loading_info=True)
     if found["missing_keys"]:  # transformers only warns, and draws them at random
         sys.exit(f"error: weights are missing in {path}: {sorted(found['missing_keys'])[:3]} ...")
+    model.generation_config.do_sample = True  # transformers saves no temperature without it
     return model.to(device)
 
 def compile_layers(*models):
@@ -696,7 +723,8 @@ def load_tokenizer(name, positions):
     from huggingface_hub import snapshot_download
     from transformers import AutoConfig, AutoTokenizer
     try:
-        path = name if Path(name).is_dir() else snapshot_download(name)
+        path = name if Path(name).is_dir() else snapshot_download(
+            name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"])
     except Exception as error:  # no such id, no network, no access: no common class
         raise ValueError(f"--model {name}: no folder, and not on the hub ({error})") from None
     config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
@@ -710,34 +738,48 @@ def load_tokenizer(name, positions):
                          f"but {name} has {config.max_position_embeddings:,} positions")
     return path, tokenizer
 
-def begin_run(args):
-    """Writes config.json. ValueError if the run began with other flags; only --steps may grow."""
+def begin_run(args, path):
+    """Locks --run_dir, writes config.json. ValueError if it is another run's; --steps may grow."""
     import transformers
-    path, script = Path(args.run_dir, "config.json"), Path(sys.argv[0]).name
+    file, script = Path(args.run_dir, "config.json"), Path(sys.argv[0]).name
     if os.environ.get("RANK", "0") != "0":
         return
     if args.wandb:
         import wandb  # before anything is written
-    began = json.loads(path.read_text()) if path.exists() else {}
+    config = dict(vars(args), files=fingerprint(path, args.data))
+    began = json.loads(file.read_text()) if file.exists() else {}
     run_id = began.get("id") or f"{time.time_ns():x}"  # another than that of any other folder
-    files = [file for file in path.parent.glob("*") if file.suffix != ".part"]
-    if files and began.get("script") != script:
+    there = [file for file in Path(args.run_dir).glob("*") if file.suffix not in (".part", ".lock")]
+    if there and began.get("script") != script:
         raise ValueError(f"--run_dir {args.run_dir} holds something else: name a new folder")
     if not resumable(args.run_dir):
-        began = vars(args)
-    changed = [f"--{name} was {began.get(name)}" for name, value in vars(args).items()
+        began = config
+    changed = [f"{name} was {began.get(name)}" for name, value in config.items()
                if began.get(name) != value and name != "run_dir"  # it may have been moved
                and (name != "steps" or value < began["steps"])]
     if changed:
-        raise ValueError(f"--run_dir {args.run_dir} began with other flags: {', '.join(changed)}; "
-                         "repeat them, or name a new folder")
+        raise ValueError(f"--run_dir {args.run_dir} began with other flags or files: "
+                         f"{', '.join(changed)}; repeat them, or name a new folder")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:  # held until this process ends, however it ends
+        lock = os.open(file.with_name("run.lock"), os.O_RDWR | os.O_CREAT)
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"--run_dir {args.run_dir}: another process trains in it") from None
     commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
     versions = dict(torch=torch.__version__, transformers=transformers.__version__)
-    write_lines(path, [dict(vars(args), script=script, id=run_id, commit=commit, versions=versions,
+    write_lines(file, [dict(config, script=script, id=run_id, commit=commit, versions=versions,
                             world_size=int(os.environ.get("WORLD_SIZE", 1)))])
     if args.wandb:  # its own WANDB_PROJECT, WANDB_NAME, ... apply
         name = os.environ.get("WANDB_NAME", args.run_dir)
         wandb.init(id=run_id, name=name, resume="allow", config=vars(args))
+
+def fingerprint(*sources):
+    """Name, size and time of change of the files: data, and the weights in a model's folder."""
+    files = [file for source in map(Path, sources)
+             for file in (sorted(source.glob("*.safetensors")) if source.is_dir() else [source])]
+    return [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}"
+            for file in files if file.is_file()]
 
 def write_lines(path, rows):
     """JSON Lines, written aside and renamed: a reader never finds half a file."""

@@ -23,6 +23,7 @@ the solution in the prompt a short answer is less likely), and falls slowly. In 
 length and epistemic change little with d_ug, and fall with d_sg.
 """
 import argparse
+import fcntl
 import itertools
 import json
 import math
@@ -31,9 +32,11 @@ import random
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -84,7 +87,13 @@ def make_parser():
 # --- data ----------------------------------------------------------------------------------------
 
 def render(tokenizer, messages, enable_thinking):
-    """Token ids of a chat up to where the answer begins (Table 12); the template writes any BOS."""
+    """Token ids of a chat up to where the answer begins (Table 12); the template writes any BOS.
+
+    A control token that a message spells, such as <|im_end|>, stays text: a space breaks it.
+    """
+    control = "|".join(re.escape(t) for t in tokenizer.get_added_vocab() if "think" not in t)
+    messages = [dict(m, content=re.sub(control or "(?!)", lambda t: f"{t[0][0]} {t[0][1:]}",
+                                       m["content"])) for m in messages]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
                                          enable_thinking=enable_thinking)
     return tokenizer.encode(text, add_special_tokens=False)
@@ -255,6 +264,8 @@ def update(ddp, optimizer, batch, lr):
 # --- run -----------------------------------------------------------------------------------------
 
 def main():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, without tracebacks
+    warnings.simplefilter("ignore", FutureWarning)  # the libraries', for their authors
     parser = make_parser()
     args = parser.parse_args()
     try:  # bad input ends with one line and exit code 2, before a model is loaded
@@ -263,7 +274,7 @@ def main():
         examples = read_examples(args.data, tokenizer, args)
         batches = make_batches(examples, args)
         args.examples, args.steps = len(examples), len(batches)  # a run resumes with the same data
-        begin_run(args)
+        begin_run(args, path)
     except Exception as error:  # what transformers raises has no common class
         parser.error(" ".join(str(error).split()))
     if args.steps in resumable(args.run_dir):
@@ -332,6 +343,7 @@ def load_model(path, device):
     model, found = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPE, output_loading_info=True)
     if found["missing_keys"]:  # transformers only warns, and draws them at random
         sys.exit(f"error: weights are missing in {path}: {sorted(found['missing_keys'])[:3]} ...")
+    model.generation_config.do_sample = True  # transformers saves no temperature without it
     return model.to(device)
 
 def compile_layers(*models):
@@ -416,7 +428,8 @@ def load_tokenizer(name, positions):
     from huggingface_hub import snapshot_download
     from transformers import AutoConfig, AutoTokenizer
     try:
-        path = name if Path(name).is_dir() else snapshot_download(name)
+        path = name if Path(name).is_dir() else snapshot_download(
+            name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"])
     except Exception as error:  # no such id, no network, no access: no common class
         raise ValueError(f"--model {name}: no folder, and not on the hub ({error})") from None
     config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
@@ -430,34 +443,48 @@ def load_tokenizer(name, positions):
                          f"but {name} has {config.max_position_embeddings:,} positions")
     return path, tokenizer
 
-def begin_run(args):
-    """Writes config.json. ValueError if the run began with other flags; only --steps may grow."""
+def begin_run(args, path):
+    """Locks --run_dir, writes config.json. ValueError if it is another run's; --steps may grow."""
     import transformers
-    path, script = Path(args.run_dir, "config.json"), Path(sys.argv[0]).name
+    file, script = Path(args.run_dir, "config.json"), Path(sys.argv[0]).name
     if os.environ.get("RANK", "0") != "0":
         return
     if args.wandb:
         import wandb  # before anything is written
-    began = json.loads(path.read_text()) if path.exists() else {}
+    config = dict(vars(args), files=fingerprint(path, args.data))
+    began = json.loads(file.read_text()) if file.exists() else {}
     run_id = began.get("id") or f"{time.time_ns():x}"  # another than that of any other folder
-    files = [file for file in path.parent.glob("*") if file.suffix != ".part"]
-    if files and began.get("script") != script:
+    there = [file for file in Path(args.run_dir).glob("*") if file.suffix not in (".part", ".lock")]
+    if there and began.get("script") != script:
         raise ValueError(f"--run_dir {args.run_dir} holds something else: name a new folder")
     if not resumable(args.run_dir):
-        began = vars(args)
-    changed = [f"--{name} was {began.get(name)}" for name, value in vars(args).items()
+        began = config
+    changed = [f"{name} was {began.get(name)}" for name, value in config.items()
                if began.get(name) != value and name != "run_dir"  # it may have been moved
                and (name != "steps" or value < began["steps"])]
     if changed:
-        raise ValueError(f"--run_dir {args.run_dir} began with other flags: {', '.join(changed)}; "
-                         "repeat them, or name a new folder")
+        raise ValueError(f"--run_dir {args.run_dir} began with other flags or files: "
+                         f"{', '.join(changed)}; repeat them, or name a new folder")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:  # held until this process ends, however it ends
+        lock = os.open(file.with_name("run.lock"), os.O_RDWR | os.O_CREAT)
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"--run_dir {args.run_dir}: another process trains in it") from None
     commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
     versions = dict(torch=torch.__version__, transformers=transformers.__version__)
-    write_lines(path, [dict(vars(args), script=script, id=run_id, commit=commit, versions=versions,
+    write_lines(file, [dict(config, script=script, id=run_id, commit=commit, versions=versions,
                             world_size=int(os.environ.get("WORLD_SIZE", 1)))])
     if args.wandb:  # its own WANDB_PROJECT, WANDB_NAME, ... apply
         name = os.environ.get("WANDB_NAME", args.run_dir)
         wandb.init(id=run_id, name=name, resume="allow", config=vars(args))
+
+def fingerprint(*sources):
+    """Name, size and time of change of the files: data, and the weights in a model's folder."""
+    files = [file for source in map(Path, sources)
+             for file in (sorted(source.glob("*.safetensors")) if source.is_dir() else [source])]
+    return [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}"
+            for file in files if file.is_file()]
 
 def write_lines(path, rows):
     """JSON Lines, written aside and renamed: a reader never finds half a file."""

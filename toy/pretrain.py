@@ -1,6 +1,6 @@
 """Pretrain the toy model from scratch on the traces of problems.py.
 
-    python toy/pretrain.py          # about 16 minutes on two cores; writes toy/model
+    python toy/pretrain.py --out toy/model --overwrite    # about 16 minutes on two cores
     python toy/pretrain.py --two_modes 0.5 --steps 200 --lr 1e-3 --out runs/two_modes   # goes on from it
 
 An ordinary supervised loop: AdamW, linear decay, loss on the answer only. The result
@@ -88,7 +88,8 @@ def batch(rng, tokenizer, size, thinking_off):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", default=str(Path(__file__).parent / "model"))
+    parser.add_argument("--out", required=True, help="a new folder")
+    parser.add_argument("--overwrite", action="store_true", help="--out may exist")
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch", type=int, default=32, help="examples a step, a multiple of 4")
     parser.add_argument("--lr", type=float, default=3e-3)
@@ -96,6 +97,8 @@ def main():
                         help="go on from toy/model, with thinking off in this share of the examples")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.steps < 1 or Path(args.out).exists() and not args.overwrite:
+        parser.error(f"--steps {args.steps} --out {args.out}: at least a step, into a new folder")
     rng = random.Random(args.seed)
     torch.manual_seed(args.seed)
     tokenizer = make_tokenizer(rng)
