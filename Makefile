@@ -21,7 +21,7 @@ TRAIN := $(TOY) --data toy/data/train.jsonl --num_questions 512 --eval_data $(BE
     --steps 20 --questions_per_step 12 --minibatch_questions 12 --warmup_steps 3 --save_every 10 \
     --tokens_per_micro_batch 8192 --no-recompute_layers
 
-.PHONY: demo study coverage controls opsd remedies test quick test-kill
+.PHONY: demo study coverage controls opsd remedies test quick test-kill test-readme
 demo: .venv/installed
 	@echo "Five contexts, SFT on two sets, GRPO and SDPO on a 1M-parameter model: about 5 minutes on"
 	@echo "two CPU cores. Then Tables 1 and 2, the curves, and a picture in runs/demo/report.png."
@@ -56,6 +56,8 @@ quick: $(TESTS)/installed
 	$(PYTEST) -m "not vllm and not slow" tests
 test-kill: $(TESTS)/installed
 	$(TESTS)/bin/python tests/kill.py
+test-readme: $(TESTS)/installed
+	$(TESTS)/bin/python tests/readme.py
 
 # For a CPU its build of torch comes first, or vLLM's requirements bring several GB of CUDA; where the
 # default index has none under this version, PyTorch's own has. The three that go again are built for

@@ -9,7 +9,6 @@ figures/, each figure as PNG and each table as CSV. SECTIONS, near the end, list
 import argparse, base64, functools, html, io, json, os, re, zlib
 from collections import Counter, defaultdict
 from pathlib import Path, PurePath
-
 import pandas
 from matplotlib import pyplot
 import epistemic
@@ -118,8 +117,8 @@ def find(roots):
             found[inner or own, int(seeds[-1][5:]), path] = None
     return {key: read_json(key[2] / "config.json") for key in sorted(found)}
 
-UNCOMPARED = re.compile("run_dir|seed|id|commit|versions|world_size|resume|wandb|steps|.*_every|"
-                        "eval_.*|tokens_per_.*|recompute_.*|offload_.*|gpu_memory_.*")
+UNCOMPARED = re.compile("run_dir|seed|id|commit|versions|world_size|wandb|steps|.*_every|"
+                        "files|eval_.*|tokens_per_.*|recompute_.*|gpu_memory_.*")
 
 class Found:
     """`results`: a row a quantity; `end`: those of each arm's last step; `configs` of the training
@@ -233,7 +232,8 @@ def lines(axis, series):
 def bars(axis, series):
     """{name: uses of words, a column a seed}. Their mean, for each word that is said."""
     means = pandas.DataFrame({name: seeds.mean(axis=1) for name, seeds in series.items()})
-    means = means.loc[means.abs().max(axis=1).sort_values().loc[lambda most: most > 0].index]
+    most = means.abs().max(axis=1).sort_values()
+    means = means.loc[most.index[(most > 0) | (most.max() == 0)]]
     axis.figure.set_figheight(1.5 + 0.13 * len(means) * (len(series) + 1))
     means.plot.barh(ax=axis, width=0.8)
 

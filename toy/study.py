@@ -24,6 +24,7 @@ sys.path.append(str(ROOT))
 
 import epistemic
 
+MINUTES = 2.4  # a run, two at a time on the two cores of benchmarks/README.md (mean of 120)
 STEPS, LR = 20, 1e-4  # of SDPO; GRPO takes half that rate
 BASE = "--max_response_tokens 320 --model toy/model"
 TRAIN = (f"{BASE} --num_questions 512 --questions_per_step 12 --minibatch_questions 12 "
@@ -127,6 +128,11 @@ def run(name, commands, out, seed):
     print(f"seed {seed}  {name:24s} {time.time() - start:5.0f} s", flush=True)
 
 
+def spread(values):
+    deviation = round(stdev(values), 4) if len(values) > 1 else None
+    return [round(fmean(values), 4), deviation, len(values)]
+
+
 def numbers(folders):
     """{arm: {benchmark: {quantity: [mean, standard deviation, seeds]}}} of the ended runs."""
     seen = collections.defaultdict(lambda: collections.defaultdict(list))
@@ -160,8 +166,6 @@ def numbers(folders):
         for arm, rows in found.items():
             for benchmark, row in rows.items():
                 seen[arm][benchmark].append(row)
-    spread = lambda values: [round(fmean(values), 4),
-                             round(stdev(values), 4) if len(values) > 1 else None, len(values)]
     return {arm: {benchmark: {q: spread([row[q] for row in rows])
                               for q in ("score", "length", "epistemic")}
                   for benchmark, rows in benchmarks.items()} for arm, benchmarks in seen.items()}
@@ -306,8 +310,6 @@ def main():
     print("\n\n".join(f"{name}\n{text}" for name, text in tables(found).items()))
     sys.exit("\n".join(failed) if failed else 0)
 
-
-MINUTES = 2.4  # a run, two at a time on the two cores of benchmarks/README.md (mean of 120)
 
 if __name__ == "__main__":
     main()
