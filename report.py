@@ -459,7 +459,7 @@ def report(folders, out):
     for model in found.end.model.unique():
         table = claims(found, model)
         page.table(f"The paper's claims, and {model}", table, style="claims")
-        print("", *(f"{row.agrees:18} {row.Index}" for row in table.itertuples()), sep="\n")
+        print("", *(f"{r.agrees:18} {r.Index}" for r in table.itertuples() if r.here), sep="\n")
     top = page.html
     for page.section, caption, draw, *more in SECTIONS:
         page.html = ""
