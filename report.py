@@ -162,7 +162,8 @@ class Found:
 
 QUANTITIES = dict(score=("Score", "share right", ".3f"), length=("Length", "tokens", ",.0f"),
                   epistemic=("Words of doubt", "uses an answer", ".1f"))
-PLACES = {"training": "in training", "in": "in domain", "ood": "out of distribution"}
+PLACES = {"training": "in training", "in": "in domain", "coverage_test": "on fresh questions",
+          "ood": "out of distribution"}
 pandas.set_option("display.max_colwidth", None, "mode.string_storage", "python")  # half emojis
 pyplot.switch_backend("Agg")
 pyplot.style.use("tableau-colorblind10")
@@ -429,8 +430,7 @@ table { border-collapse: collapse } tr { border-bottom: 1px solid #ddd; vertical
 td, th { padding: .1em .7em; text-align: left } pre { white-space: pre-wrap }
 .wide td, .wide thead th { white-space: nowrap; text-align: right } .traces td { min-width: 17em }
 @media (max-width: 600px) { .claims thead { display: none }
-  .claims tr > *, .traces tr > * { display: block } }
-</style><h1>Self-distillation, measured</h1>"""
+  .claims tr > *, .traces tr > * { display: block } } </style><h1>Self-distillation, measured</h1>"""
 
 def write(out, files):
     """Replaces and removes what report.py wrote before and nobody changed since, and no more."""
