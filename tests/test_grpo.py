@@ -28,6 +28,7 @@ def ppo(now, before, advantage):
 
 
 def test_policy_loss_case_by_case():
+    """Up to where the ratio is cut, so that nothing overflows: exp(20)."""
     ratios = [1e-8, 0.5, 0.79, 0.81, 1.0, 1.27, 1.29, 2.9, 3.1, 100.0, math.exp(20) * 0.99]
     rows = list(itertools.product(ratios, [0.875, 0.125, 0.0, -0.125, -0.875]))
     before = torch.randn(len(rows), dtype=torch.float64)
@@ -73,24 +74,16 @@ def rollout(row=0, advantage=0.0, prompt=(1, 2), response=(3,)):
                         reward=float(advantage > 0), advantage=advantage)
 
 
-def test_loss_weights_count_sequences_without_signal():
-    batch = [rollout(0, 0.5, response=[1] * 2), rollout(0, -0.5, response=[1] * 5),
-             rollout(1, 0.0, response=[1] * 7)]
-    grpo.set_loss_weights(batch)
-    assert [r.weight for r in batch] == [1 / 6, 1 / 15, 0]
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_chunked_equals_naive_in_value_and_gradient(monkeypatch, temperature):
+def test_chunked_equals_naive_in_value_and_gradient(monkeypatch):
     torch.manual_seed(0)
     head = torch.nn.Linear(16, 50, bias=False)
     hidden, targets = torch.randn(37, 16, requires_grad=True), torch.randint(50, (37,))
     leaves, weight = [hidden, head.weight], torch.linspace(0, 1, 37)
-    naive = (head(hidden) / temperature).log_softmax(-1)[range(37), targets]
+    naive = (head(hidden) / 0.7).log_softmax(-1)[range(37), targets]
     wanted = torch.autograd.grad((naive * weight).sum(), leaves)
-    for size in (5, 37, 1000):
+    for size in (5, 1000):
         monkeypatch.setattr(grpo, "CHUNK", size)
-        got = grpo.token_logprobs(hidden, head, targets, temperature)
+        got = grpo.token_logprobs(hidden, head, targets, 0.7)
         torch.testing.assert_close(got, naive, atol=1e-6, rtol=1e-5)
         for g, w in zip(torch.autograd.grad((got * weight).sum(), leaves), wanted):
             torch.testing.assert_close(g, w, atol=1e-6, rtol=1e-5)
@@ -218,33 +211,26 @@ def watched(ddp):
     return asked
 
 
-def test_a_step_without_an_advantage_computes_nothing_and_says_so(alone, tmp_path, capsys):
+def test_update_computes_only_groups_with_an_advantage(alone, tmp_path, capsys):
     ddp, optimizer = learner(grpo, STEP)
     batch, seconds = sampled(ddp, [(0.0, 0.0)] * 4), dict(rollout=1.0, update=2.0)
     before, asked = [p.detach().clone() for p in ddp.parameters()], watched(ddp)
     args = Namespace(run_dir=tmp_path, wandb=False, steps=2)
     grpo.log(args, 1, batch, grpo.update(ddp, optimizer, batch, 1e-2), seconds)
     assert not asked and all(map(torch.equal, before, ddp.parameters()))
-    batch = sampled(ddp, [(0.5, -0.5)] * 4)
+    batch = sampled(ddp, [(0.0, 0.0), (0.0, 0.0), (0.5, -0.5), (0.0, 0.0)])
+    asked.clear()
     grpo.log(args, 2, batch, grpo.update(ddp, optimizer, batch, 1e-2), seconds)
+    assert sorted(map(id, asked)) == sorted(map(id, batch[4:6]))
     first, why, second = capsys.readouterr().out.splitlines()
     assert first.startswith("step 1/2 ") and "no update: every group is all right or all wrong" in why
     assert second.startswith("step 2/2 ")
     one, two = lines(tmp_path / "metrics.jsonl")
-    assert (one["trained"], two["trained"]) == (0, 1)
     assert not any(one[key] for key in ("updates", "loss", "mismatch", "clipped", "trained_tokens"))
-    assert two["updates"] == 2 and two["seconds"] == seconds and 0.1 < two["peak_memory_gb"] < 50
+    assert (one["trained"], two["trained"]) == (0, 0.25) and two["trained_tokens"] == 24
+    assert two["updates"] == 1 and two["seconds"] == seconds
     assert two["tokens_per_second"] == 8 * 12 / 3
     assert len(lines(tmp_path / "rollouts/step_2.jsonl")) == 8
-
-
-def test_update_computes_only_groups_with_an_advantage(alone):
-    ddp, optimizer = learner(grpo, STEP)
-    batch = sampled(ddp, [(0.0, 0.0), (0.0, 0.0), (0.5, -0.5), (0.0, 0.0)])
-    asked = watched(ddp)
-    metrics = grpo.update(ddp, optimizer, batch, 1e-2)
-    assert sorted(map(id, asked)) == sorted(map(id, batch[4:6]))
-    assert metrics["updates"] == 1 and metrics["trained_tokens"] == 24
 
 
 def test_second_mini_batch_remembers_the_steps_start(alone):
@@ -262,11 +248,6 @@ def test_second_mini_batch_remembers_the_steps_start(alone):
 
 def test_a_gradient_that_is_not_finite_is_left_out(alone, tmp_path, capsys):
     ddp, optimizer = learner(grpo, STEP)
-    before = [p.detach().clone() for p in ddp.parameters()]
-    batch = sampled(ddp, [(0.5, math.nan)] + [(0.0, 0.0)] * 3)
-    metrics = grpo.update(ddp, optimizer, batch, 1e-2)
-    assert (metrics["updates"], metrics["skipped"]) == (0, 1)
-    assert all(map(torch.equal, before, ddp.parameters()))
     batch = sampled(ddp, [(0.5, math.nan), (0.5, -0.5), (0.5, -0.5), (0.0, 0.0)])
     metrics = grpo.update(ddp, optimizer, batch, 1e-2)
     assert (metrics["updates"], metrics["skipped"]) == (1, 1)
@@ -288,19 +269,10 @@ def test_question_sets_are_nested_and_by_seed():
     assert all(small == large[: len(small)] for small, large in itertools.pairwise(sets))
     assert choose(8) == sets[1] and choose(8, seed=1) != sets[1]
     assert sorted(choose(None)) == questions
-    with pytest.raises(ValueError, match="--num_questions 1001: the data has 1,000"):
-        choose(1001)
-
-
-def test_a_small_set_repeats_evenly_within_a_step():
-    for size in (1, 8, 64):
-        stream = grpo.question_stream(list(range(size)), seed=3)
-        for _ in range(3):
-            step = collections.Counter(itertools.islice(stream, 64))
-            assert step == {question: 64 // size for question in range(size)}
 
 
 def test_epochs_are_complete_and_differ():
+    """So a small set repeats evenly within a step."""
     stream = grpo.question_stream(list(range(10)), seed=0)
     epochs = [list(itertools.islice(stream, 10)) for _ in range(3)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
@@ -320,13 +292,10 @@ def test_defaults_are_the_papers():
         minibatch_questions=128, rollouts=8, temperature=1.0, warmup_steps=10, lr=1e-6,
         clip_low=0.2, clip_high=0.28)
     assert {name: getattr(args, name) for name in table_8_and_9} == table_8_and_9
-    cut = grpo.importance_weight(torch.tensor([3.0, 0.5]), torch.zeros(2))
-    assert cut.tolist() == pytest.approx([2.0, math.exp(0.5)])  # "Rollout IS clip 2"
 
 
 @pytest.mark.parametrize("flags, said", [
     (["--clip_low", "2"], "--clip_low: 2 does not lie between 0 and 1"),
-    (["--clip_high", "-0.1"], "--clip_high: -0.1"),
     (["--rollouts", "1"], "--rollouts: 1 does not lie between 2 and inf"),
     (["--minibatch_questions", "100"], "--questions_per_step 256 is not divisible by 100"),
 ])

@@ -211,7 +211,7 @@ def run(tmp_path, monkeypatch):
             seen.append(([e.text for e in batch], lr))
             return real(ddp, optimizer, batch, lr)
         monkeypatch.setattr(sft_distill, "update", update)
-        monkeypatch.setattr(os, "environ", dict(environment))  # main() leaves there that it is alone
+        monkeypatch.setattr(os, "environ", dict(environment))  # main() says there that it is alone
         monkeypatch.setattr(sys, "argv", [str(a) for a in (
             "sft_distill.py", "--model", ROOT / "toy/model", "--data", data, "--epochs", 3,
             "--batch_size", 4, "--lr", "1e-3", "--save_every", 4, "--max_response_tokens", 64,
