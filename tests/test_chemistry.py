@@ -29,9 +29,6 @@ def load(tmp_path, row):
     return question
 
 
-# ---------------------------------------------------------------------------------- the question
-
-
 @pytest.mark.parametrize("row", [
     ROW,
     dict(prompt=[dict(role="system", content=SYSTEM), dict(role="user", content="Which?")],
@@ -77,9 +74,6 @@ def test_the_prompt_of_olmo_is_table_12s():
                 f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n")
 
 
-# ---------------------------------------------------------------------------------- the grade
-
-
 RIGHT = ["<answer>B</answer>", "<reasoning>\n2 C\n</reasoning>\n<answer>\nB\n</answer>",
          "<answer>A</answer> Wait. <answer>B</answer>", "\\boxed{A} <answer>B</answer>",
          "I answer between <answer> tags. <answer> B </answer>",
@@ -122,14 +116,3 @@ def test_tags_do_not_answer_a_question_that_wants_a_box():
     with Verifier(workers=1) as verifier:
         assert verifier.verify(["<answer>7</answer>", "<answer>8</answer> \\boxed{7}",
                                 "\\boxed{8} <answer>7</answer>"], ["7"] * 3) == [0.0, 1.0, 0.0]
-
-
-@needs_data
-@pytest.mark.parametrize("name", FILES)
-def test_every_gold_is_right_and_the_other_letters_are_not(name):
-    golds = [q["answer"] for q in load_questions(str(BENCHMARKS / name))]
-    with Verifier(workers=1) as verifier:
-        for letter in "ABCD":
-            answer = f"<reasoning>\nWait.\n</reasoning>\n<answer>\n{letter}\n</answer>"
-            grades = verifier.verify([answer] * len(golds), golds)
-            assert grades == [float(gold == f"<answer>{letter}</answer>") for gold in golds]

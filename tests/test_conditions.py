@@ -15,9 +15,6 @@ from common import ROOT, refusal_of_main
 CHAT = [dict(role="user", content="What is 1 + 1?")]
 
 
-# ----------------------------------------------------------------------------------------- tables
-
-
 def answer(text, correct=1.0, finished=True, tokens=10):
     return dict(correct=correct, tokens=tokens, finished=finished, response=text,
                 epistemic=epistemic.count(text))
@@ -30,7 +27,6 @@ def group(name, correct, cut=""):
 
 def test_first_correct():
     assert conditions.first_correct(group("a", "0011")) == "a2"
-    assert conditions.first_correct(group("a", "1000")) == "a0"
     assert conditions.first_correct(group("a", "0000")) == "a0"  # authors' code
     assert conditions.first_correct(group("a", "0111", cut="12")) == "a3"  # a cut one is never s
 
@@ -79,9 +75,6 @@ def test_summary_and_table_by_hand():
         "unguided", "full solution", "without think", "regenerated", "full, uncertain"), 1)]
     one = conditions.table(conditions.summarise(studied[:1]))
     assert "±" not in one and "0.500" in one  # the spread of one question is unknown
-
-
-# ----------------------------------------------------------------------------------- who is asked
 
 
 UNGUIDED = ["00000000", "00000001", "01100000", "00001111", "11110100", "01000100", "11111111"]
@@ -219,9 +212,6 @@ def test_a_run_that_was_killed_resumes_and_ends_alike(asked, tmp_path, monkeypat
     assert len(asked) == (7 + 2 * 4 + 2 * 1) + (7 + 4)  # the first round is not asked again
     asked.clear()
     assert run("cut") == whole and not asked
-
-
-# ---------------------------------------------------------------------------------------- command
 
 
 def test_defaults_are_the_papers():

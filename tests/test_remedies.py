@@ -53,9 +53,6 @@ def near(*values):
     return pytest.approx(values[0] if len(values) == 1 else [*values], abs=1e-6)
 
 
-# ----------------------------------------------------------------- each one's numbers, by hand
-
-
 def test_demopsd_mixes_towards_what_the_teacher_says_unaided():
     plain, aided = torch.tensor([[0.5, 0.3, 0.2]]).log(), torch.tensor([[0.2, 0.1, 0.7]]).log()
     # JS of these two is 0.132918 (paper/semantics): b = 2 x .15 (sigmoid(6.6459) - .5) = .149611
@@ -170,8 +167,6 @@ def test_what_the_rollouts_of_a_group_learn_from(tokenizer):
     assert "hmm" in said and "wait" in said and "4" not in said
 
 
-# -------------------------------------------- the gradient on an epistemic token, and on other ones
-
 # At the one position the student would say "wait" (token 0) with .6; the teacher, who has seen an
 # answer, with .1. It is not quite sure what to say instead: .5 and .4.
 STUDENT, TEACHER, PLAIN, MISLED = [0.6, 0.3, 0.1], [0.1, 0.5, 0.4], [0.6, 0.2, 0.2], [0.2, 0.4, 0.4]
@@ -260,9 +255,6 @@ def test_signs_on_an_epistemic_token(alone, tmp_path):
     assert of("rlcsd", 1.0, None) == near(reward)
     # the teacher is less sure here than elsewhere: away from it, so up
     assert of("dasd", 1.0) == near(reward - 0.5 * sdpo_js) and of("dasd", 1.0) > reward
-
-
-# ------------------------------------------------------------------------------------- the update
 
 
 def make_batch(script, remedy, args):
@@ -361,9 +353,6 @@ def test_a_step_without_signal_changes_nothing(alone, tmp_path, remedy):
         nothing = sdpo.update(ddp, toy(), optimizer, batch, 1e-3)
     assert nothing["updates"] == nothing["loss"] == nothing["trained_tokens"] == 0
     assert all(map(torch.equal, before, ddp.parameters()))
-
-
-# ---------------------------------------------------------------------------------------- command
 
 
 def test_each_remedy_brings_its_papers_settings():

@@ -12,7 +12,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.reductions import StorageWeakRef
 
 import sdpo
 from common import (ROOT, assert_same_gradient, gradients_of, learner, lines, needs_tokenizers,
@@ -122,31 +121,20 @@ def test_what_a_teacher_reads(response, shown):
         assert chat["content"] == f"Q\nCorrect solution:\n\n{text}\n\n{closing}"
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_micro_batches_keep_the_budget(monkeypatch, ranks):
-    def deal(batch, budget):
-        """The micro-batches of every rank."""
-        monkeypatch.setattr(dist, "get_world_size", lambda: ranks)
-        dealt = []
-        for rank in range(ranks):
-            monkeypatch.setattr(dist, "get_rank", lambda: rank)
-            dealt.append(sdpo.my_micro_batches(batch, budget))
-        return dealt
+def test_micro_batches_keep_the_budget(monkeypatch):
     rng = random.Random(0)
     batch = [rollout([1] * 10, [1] * rng.randint(1, 400), [1] * 30) for _ in range(203)]
-    for r in batch:
-        r.weight = 1.0
-    dealt = deal(batch, 2000)
-    micros = [m for mine in dealt for m in mine]
-    assert len(set(map(len, dealt))) == 1
-    assert sorted(id(r) for m in micros for r in m if r.weight) == sorted(map(id, batch))
-    assert all(len(m) * max(r.tokens() for r in m) <= 2000 for m in micros)
-    dealt = deal(batch[:3], 1)  # too long goes alone; the last rank gets a copy that weighs nothing
-    assert [len(m) for m in sum(dealt, [])] == [1] * (3 if ranks == 1 else 4)
-    assert [r.weight for m in dealt[-1] for r in m] == ([1.0] * 3 if ranks == 1 else [1.0, 0.0])
-
-
-# ------------------------------------------------------------------------------------- the update
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    for rollouts, budget in ((batch, 2000), (batch[:3], 1)):  # too long goes alone
+        dealt = []
+        for rank in range(2):
+            monkeypatch.setattr(dist, "get_rank", lambda: rank)
+            dealt.append(sdpo.my_micro_batches(rollouts, budget))
+        micros = sum(dealt, [])
+        assert len(dealt[0]) == len(dealt[1])
+        assert {id(r) for m in micros for r in m} >= {*map(id, rollouts)}
+        assert sum(map(len, micros)) - len(rollouts) <= 1  # a copy; its weight: on two ranks, below
+        assert all(len(m) == 1 or len(m) * max(r.tokens() for r in m) <= budget for m in micros)
 
 
 def flags(size=23):
@@ -225,20 +213,25 @@ def test_one_rank_gives_the_gradient_of_brute_force(alone, moved):
     assert one["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
+def assert_same_on_two_ranks(one, two):
+    """What measure() says on one rank is what it says on two, and both of them take their part."""
+    assert two[0]["micros"] == two[1]["micros"] == (one["micros"] + 1) // 2
+    assert sum(r["fillers"] for r in two) == one["micros"] % 2 and one["fillers"] == 0
+    assert_same_gradient(two[0]["gradient"] | two[1]["gradient"], one["gradient"])
+    for r in two:  # the statistics are every rank's, and are of all
+        for key in {"loss", "grad_norm", "mismatch", "mismatch_max"} & one.keys():
+            assert r[key] == pytest.approx(one[key], rel=1e-4, abs=1e-7) and one[key] != 0
+        for key in {"trained_tokens", "clipped", "trained"} & one.keys():
+            assert r[key] == one[key]
+
+
 @pytest.mark.parametrize("size, rounds", [
     (23, sdpo.ROUND), (23, 2),  # one round of micro-batches, or several
     (2, 2)])  # of the two one has a teacher: rank 1 has a filler
 def test_two_ranks_give_the_gradient_of_one(tmp_path, alone, size, rounds):
     one, two = measure(size), on_ranks(2, tmp_path, measure, size, False, rounds)
-    assert two[0]["micros"] == two[1]["micros"] == (one["micros"] + 1) // 2
-    assert sum(r["fillers"] for r in two) == one["micros"] % 2 and one["fillers"] == 0
+    assert_same_on_two_ranks(one, two)
     assert size < 23 or two[0]["micros"] > 2  # several rounds
-    assert_same_gradient(two[0]["gradient"] | two[1]["gradient"], one["gradient"])
-    for r in two:  # the statistics are every rank's, and are of all
-        for key in ("loss", "grad_norm", "mismatch", "mismatch_max"):
-            assert r[key] == pytest.approx(one[key], rel=1e-4) and one[key] > 0
-        assert [r[key] for key in ("trained_tokens", "clipped", "trained")] == [
-            one[key] for key in ("trained_tokens", "clipped", "trained")]
     assert all(map(torch.equal, two[0]["weights"], two[1]["weights"]))
 
 
@@ -246,16 +239,6 @@ def test_recomputing_layers_changes_no_bit(alone):
     kept, recomputed = measure(23), measure(23, recompute=True)
     assert kept["loss"] == recomputed["loss"]
     assert all(map(torch.equal, kept["weights"], recomputed["weights"]))
-
-
-def test_without_a_teacher_nothing_is_computed(alone):
-    ddp, optimizer = learner(sdpo, flags())
-    batch, before = make_batch(23), [p.detach().clone() for p in ddp.parameters()]
-    for r in batch:
-        r.teacher_prompt_ids = None
-    nothing = sdpo.update(ddp, toy(), optimizer, batch, 1e-3)
-    assert nothing["updates"] == nothing["loss"] == nothing["trained_tokens"] == 0
-    assert all(map(torch.equal, before, ddp.parameters()))
 
 
 def test_an_engine_with_old_weights_ends_the_run(alone):
@@ -269,7 +252,7 @@ def test_an_engine_with_old_weights_ends_the_run(alone):
     assert all(map(torch.equal, before, ddp.parameters()))
 
 
-def test_gradients_lie_in_ddps_buckets_and_go_with_it(alone):
+def test_gradients_lie_in_ddps_buckets(alone):
     ddp, optimizer = learner(sdpo, flags())
     model, batch = ddp.module.model, make_batch(23)
     sampled_now(ddp, batch)
@@ -281,10 +264,6 @@ def test_gradients_lie_in_ddps_buckets_and_go_with_it(alone):
         sdpo.update(ddp, toy(), optimizer, batch, 0.0)
         held.append(len(storages()))
     assert max(held) <= 2 and len(list(model.parameters())) > 20
-    gone = [StorageWeakRef(gradient.untyped_storage()) for gradient in storages()]
-    del ddp
-    model.zero_grad(set_to_none=True)
-    assert gone and all(storage.expired() for storage in gone)
 
 
 def test_the_teacher_comes_back(alone):
@@ -303,19 +282,6 @@ def test_the_teacher_comes_back(alone):
     assert all(map(torch.equal, teacher.parameters(), averages.values()))
 
 
-# --------------------------------------------------------------------------------- what it prints
-
-
-def test_a_steps_line_fits_80_columns(alone, tmp_path, monkeypatch, capsys):
-    means = dict(score=0.412, length=20480.0, epistemic=142.1, truncated=0.0)
-    monkeypatch.setattr(sdpo.epistemic, "averages", lambda records: means)
-    seconds = dict(rollout=3e4, update=6e3)  # a step of an 8B model takes hours
-    sdpo.log(Namespace(run_dir=tmp_path, wandb=False, steps=100), 90, [rollout([1], [1, 2])],
-             dict(loss=-0.031, skipped=0, trained=0.5), seconds)
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("step 90/100  score 0.412  len ") and len(line) <= 80
-
-
 def test_a_bar_writes_nothing_to_a_pipe_within_a_minute(alone):
     with redirect_stderr(StringIO()) as pipe:
         bar = sdpo.progress(total=5, desc="update")
@@ -329,8 +295,6 @@ def test_a_bar_writes_nothing_to_a_pipe_within_a_minute(alone):
         bar.update()
         assert "2/5" in said and pipe.getvalue() == said
 
-
-# ---------------------------------------------------------------------------------------- prompts
 
 QUESTION = "What is 1 + 1?\nPlease reason step by step, and put your final answer within \\boxed{}."
 REPROMPT = QUESTION + "\nCorrect solution:\n\nS\n\nCorrectly solve the original question."
@@ -367,9 +331,6 @@ def test_prompts_of_the_toy(tokenizer):
                     + "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
     answer = "<think>\nHmm.\n</think>\n\n\\boxed{4}"  # the think tags must survive decoding
     assert tokenizer.decode(tokenizer.encode(answer), skip_special_tokens=True) == answer
-
-
-# ---------------------------------------------------------------------------------------- command
 
 
 def test_defaults_are_the_papers():

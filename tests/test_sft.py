@@ -14,6 +14,7 @@ import kill
 import sft_distill
 from common import (ROOT, assert_same_gradient, gradients_of, learner, lines, needs_tokenizers,
                     on_ranks, refusal, refusal_of_main, tokenizer_of, toy)
+from test_sdpo import assert_same_on_two_ranks
 
 
 def load(path, tokenizer, **more):
@@ -25,8 +26,6 @@ def write(path, *rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
-
-# --------------------------------------------------------------------------------------- examples
 
 CHAT = [dict(role="user", content="What is 1 + 1?")]
 ANSWER = "<think>\nWait, 1 + 1 is 2.\n</think>\n\n\\boxed{2}"
@@ -116,9 +115,6 @@ def test_examples_of_the_papers_models(tmp_path, name, end):
     assert turn.rstrip("\n").endswith("2" + end)
 
 
-# --------------------------------------------------------------------------------------- the loss
-
-
 def make_batch(size):
     rng = random.Random(size)
 
@@ -159,15 +155,8 @@ def test_loss_is_the_cross_entropy_of_labels_masked_by_hand(alone, budget, count
 
 def test_two_ranks_give_the_gradient_of_one(tmp_path, alone):
     one, two = measure(25), on_ranks(2, tmp_path, measure, 25)
-    assert [r["micros"] for r in two] == [4, 4] and one["micros"] == 7
-    assert [r["fillers"] for r in two] == [0, 1]
-    for r in two:
-        assert r["loss"] == pytest.approx(one["loss"], rel=1e-5) and one["loss"] > 0
-        assert r["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
-    assert_same_gradient(two[0]["gradient"] | two[1]["gradient"], one["gradient"])
-
-
-# --------------------------------------------------------------------------------------- training
+    assert one["micros"] == 7
+    assert_same_on_two_ranks(one, two)
 
 
 def rates(steps, ratio, lr=1e-5):
@@ -178,12 +167,8 @@ def rates(steps, ratio, lr=1e-5):
 def test_learning_rate_warms_up_linearly_and_falls_in_a_cosine_to_0():
     cosine = [1e-5 * (1 + math.cos(math.pi * step / 68)) / 2 for step in range(1, 68)]
     assert rates(75, 0.1) == pytest.approx([1e-5 * step / 8 for step in range(1, 9)] + cosine)
-
-
-@pytest.mark.parametrize("steps", [1, 2, 3, 75])
-@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.99, 1.0])
-def test_every_update_has_a_rate(steps, ratio):
-    assert all(0 < rate <= 1e-5 for rate in rates(steps, ratio))
+    for steps, ratio in ((1, 0.0), (1, 1.0), (3, 0.99), (3, 1.0)):
+        assert all(0 < rate <= 1e-5 for rate in rates(steps, ratio))
 
 
 @pytest.fixture
@@ -242,9 +227,6 @@ def test_a_run_trains_on_all_examples_each_epoch_and_resumes(tmp_path, run, caps
     with (tmp_path / "d.jsonl").open("a") as data:  # more of it would be other batches
         data.write(GOOD + "\n")
     assert "--examples was 10" in refusal(run, "d")
-
-
-# ---------------------------------------------------------------------------------------- command
 
 
 def test_defaults():
