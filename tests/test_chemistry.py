@@ -1,7 +1,6 @@
 """Chemistry (Fig. 1a, Sec. 6): SciKnowEval's multiple choice, from the file to the grade."""
 import json
 from argparse import Namespace
-from collections import Counter
 
 import pytest
 
@@ -56,8 +55,6 @@ def test_every_row_loads(name):
     for row, question in zip(rows, questions, strict=True):
         assert question["answer"] == f"<answer>{row['answer']}</answer>"
         assert [m["content"] for m in question["messages"]] == [row["system"], row["prompt"]]
-    # guessing one letter earns a third at most
-    assert max(Counter(q["answer"] for q in questions).values()) < len(rows) / 3
 
 
 @needs_data

@@ -184,14 +184,12 @@ def test_second_mini_batch_remembers_the_steps_start(alone):
     assert max((r.old_logprobs - torch.tensor(r.logprobs)).abs().max() for r in batch) > 0.1
 
 
-def test_a_gradient_that_is_not_finite_is_left_out(alone, tmp_path, capsys):
+def test_a_gradient_that_is_not_finite_is_left_out(alone):
     ddp, optimizer = learner(grpo, STEP)
     batch = sampled(ddp, [(0.5, math.nan), (0.5, -0.5), (0.5, -0.5), (0.0, 0.0)])
     metrics = grpo.update(ddp, optimizer, batch, 1e-2)
     assert (metrics["updates"], metrics["skipped"]) == (1, 1)
     assert all(p.isfinite().all() for p in ddp.parameters())
-    grpo.log(Namespace(run_dir=tmp_path, wandb=False, steps=1), 1, batch, metrics, dict(update=1.0))
-    assert "1 updates skipped: the gradient was not finite" in capsys.readouterr().out
 
 
 def test_question_sets_are_nested_and_by_seed():
@@ -226,12 +224,7 @@ def test_defaults_are_the_papers():
     assert {name: getattr(args, name) for name in table_8_and_9} == table_8_and_9
 
 
-@pytest.mark.parametrize("flags, said", [
-    (["--rollouts", "1"], "--rollouts: 1 does not lie between 2 and inf"),
-    (["--minibatch_questions", "100"], "--questions_per_step 256 is not divisible by 100"),
-])
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, flags, said):
+def test_bad_input_is_one_line_and_exit_code_2(monkeypatch):
     """What grpo.py reads as sdpo.py does is in test_sdpo.py."""
-    monkeypatch.chdir(tmp_path)
-    assert said in refusal_of_main(grpo, monkeypatch, ["--model", ROOT / "toy/model", *flags])
-    assert not (tmp_path / "runs").exists()
+    flags = ["--model", ROOT / "toy/model", "--minibatch_questions", "100"]
+    assert "256 is not divisible by 100" in refusal_of_main(grpo, monkeypatch, flags)

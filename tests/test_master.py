@@ -64,34 +64,31 @@ def test_lr_1e_6_moves_as_in_float32(alone):
 
 def test_is_adamw(alone):
     """On float32 weights it is torch's AdamW to the bit, whatever rate it was made with."""
-    how = dict(lr=1e-3, weight_decay=0.1)
     ours, theirs = weights(torch.float32), weights(torch.float32)
-    got = train(ours, master(ours, **dict(how, lr=7.0)), 1e-3, 20)
-    assert torch.equal(got, train(theirs, torch.optim.AdamW(theirs, fused=True, **how), 1e-3, 20))
+    got = train(ours, master(ours, lr=7.0, weight_decay=0.1), 1e-3, 20)
+    exact = torch.optim.AdamW(theirs, fused=True, lr=1e-3, weight_decay=0.1)
+    assert torch.equal(got, train(theirs, exact, 1e-3, 20))
 
 
 def test_clips_by_the_norm_of_the_whole(alone):
-    how = dict(lr=1e-3, weight_decay=0.1)
-    ours, theirs = weights(torch.float32), weights(torch.float32)
-    optimizer, exact = master(ours, **how), torch.optim.AdamW(theirs, **how)
-    for p, q, g in zip(ours, theirs, *gradients([w.shape for w in ours], 1)):
-        p.grad, q.grad = g.clone(), g.clone()
+    ours = weights(torch.float32)
+    optimizer, (grads,) = master(ours, **HOW), gradients([w.shape for w in ours], 1)
+    for p, g in zip(ours, grads):
+        p.grad = g.clone()
     optimizer.add_gradients()
     assert not any(p.grad.any() for p in ours)
-    norm = torch.nn.utils.clip_grad_norm_(theirs, 0.5).item()
-    assert optimizer.step(1e-3, 0.5) == pytest.approx(norm, rel=1e-5)
-    exact.step()
-    for name, wanted in zip(optimizer.masters, exact.state.values()):
-        torch.testing.assert_close(optimizer.tensors()[f"{name}.exp_avg"], wanted["exp_avg"])
+    norm = flat(grads).norm()
+    assert optimizer.step(1e-3, 0.5) == pytest.approx(norm.item(), rel=1e-5)
+    first_moments = [t for name, t in optimizer.tensors().items() if name.endswith("exp_avg")]
+    torch.testing.assert_close(flat(first_moments), 0.1 * flat(grads) * 0.5 / norm)
 
 
-@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_moves_nothing(alone, odd):
+def test_a_gradient_that_is_not_finite_moves_nothing(alone):
     ours = weights(torch.float32)
     optimizer, before = master(ours, **HOW), flat(ours)
     for w in ours:
         w.grad = torch.zeros_like(w)
-    ours[1].grad[3] = odd
+    ours[1].grad[3] = float("nan")
     optimizer.add_gradients()
     assert not optimizer.step(1e-2, 1.0) < float("inf")
     assert torch.equal(flat(ours), before)

@@ -4,8 +4,6 @@ import math
 import random
 import sys
 from argparse import Namespace
-from contextlib import redirect_stderr
-from io import StringIO
 from types import SimpleNamespace
 from unittest import mock
 
@@ -102,7 +100,6 @@ def test_a_demonstration_is_a_correct_sibling_at_random():
         drawn = [sdpo.choose_demonstration(group, i, rng) for _ in range(100)]
         return {demonstration and demonstration.row for demonstration in drawn}
     assert choose([0, 1, 0], 1) == {None}  # its group's only success
-    assert choose([0, 0], 0) == {None}
     assert choose([1, 1, 0, 1], 0) == {1, 3}
 
 
@@ -282,20 +279,6 @@ def test_the_teacher_comes_back(alone):
     assert all(map(torch.equal, teacher.parameters(), averages.values()))
 
 
-def test_a_bar_writes_nothing_to_a_pipe_within_a_minute(alone):
-    with redirect_stderr(StringIO()) as pipe:
-        bar = sdpo.progress(total=5, desc="update")
-        bar.update()
-        bar.refresh()  # as vLLM does at its end
-        assert pipe.getvalue() == ""
-        bar.start_t -= 60  # a minute later
-        bar.last_print_t -= 60
-        bar.update()
-        said = pipe.getvalue()
-        bar.update()
-        assert "2/5" in said and pipe.getvalue() == said
-
-
 QUESTION = "What is 1 + 1?\nPlease reason step by step, and put your final answer within \\boxed{}."
 REPROMPT = QUESTION + "\nCorrect solution:\n\nS\n\nCorrectly solve the original question."
 TABLE_12 = {  # model: (what comes before the user's text, what comes after with thinking, without)
@@ -345,22 +328,18 @@ def test_defaults_are_the_papers():
 @pytest.mark.parametrize("flags, said", [
     (["--data", "no/such.jsonl"], "no/such.jsonl"),
     (["--data", "bad.parquet"], "bad.parquet"),
-    (["--data", "broken.jsonl"], "broken.jsonl, line 1"),
     (["--max_prompt_tokens", "3"], "good.jsonl: no prompt fits --max_prompt_tokens 3"),
     (["--model", "no/such/folder"], "no/such/folder"),
     (["--model", "empty"], "empty"),
     (["--minibatch_questions", "100"], "--questions_per_step 256 is not divisible by 100"),
-    (["--alpha", "2"], "--alpha: 2 does not lie between 0 and 1"),
     (["--lr", "nan"], "--lr: nan does not lie between 0 and 1"),
     (["--num_questions", "5"], "--num_questions 5: the data has 1"),
-    (["--eval_data", "no/such.json"], "no/such.json"),
     (["--eval_data", "good.jsonl", "other/good.parquet"], "two benchmarks have one name"),
     (["--max_response_tokens", "9999"], "has 4,096 positions"),
     ("3 ranks", "256 is not divisible by 3 "),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, flags, said):
     (tmp_path / "good.jsonl").write_text(json.dumps(dict(problem="1+1?", answer="2")))
-    (tmp_path / "broken.jsonl").write_text("{not json\n")
     (tmp_path / "bad.parquet").write_text("no parquet")
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)

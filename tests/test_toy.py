@@ -6,7 +6,6 @@ import sys
 
 import pytest
 
-import epistemic
 from common import ROOT
 
 sys.path.append(str(ROOT / "toy"))
@@ -16,11 +15,10 @@ import study  # noqa: E402
 STEP = re.compile(r"((?:\d+ [-+*/] )+\d+) = (\d+)")
 
 
-@pytest.mark.parametrize("family, value", [  # of x = 13, a = 7, b = 5, by head
-    ("sum", 6), ("bracket", 6), ("digits", 10), ("rest", 5), ("distance", 86), ("square", 4),
-    ("halves", 5), ("largest", 9)])
-def test_values_by_hand(family, value):
-    assert problems.check(dict(family=family, a=7, b=5, r=0), 13)[1] == value
+def test_values_by_hand():
+    values = dict(sum=6, bracket=6, digits=10, rest=5, distance=86, square=4, halves=5, largest=9)
+    for family, value in values.items():  # of x = 13, a = 7, b = 5, by head
+        assert problems.check(dict(family=family, a=7, b=5, r=0), 13)[1] == value
 
 
 @pytest.mark.parametrize("style", problems.STYLE)
@@ -53,15 +51,6 @@ def test_wrong_answers_are_sorted_by_their_first_fault():
         assert problems.diagnose(p, text) == kind
 
 
-def test_richer_contexts_are_surer():
-    rng = random.Random(2)
-    counts = {style: sum(
-        epistemic.count(problems.trace(rng, problems.make_problem(rng, True), style))
-        for _ in range(300)) for style in problems.STYLE}
-    order = ["unguided", "without_think", "uncertain", "regenerated", "full"]
-    assert sorted(counts, key=counts.get, reverse=True) == order
-
-
 def test_data_files_are_what_the_generator_writes(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["problems.py", "--out", str(tmp_path)])
     problems.main()
@@ -72,13 +61,6 @@ def test_data_files_are_what_the_generator_writes(tmp_path, monkeypatch):
         questions = [json.loads(line)["prompt"][0]["content"] for line in text.splitlines()]
         assert len(set(questions)) == len(questions) and not seen & set(questions)
         seen |= set(questions)
-
-
-def test_every_arm_of_the_tables_is_run():
-    names = {name for group in ("study", "controls", "opsd", "remedies")
-             for name in study.runs(group, "o")}
-    arms = {arm for table in study.TABLES.values() for arm in table.values()}
-    assert {a for a in arms if not a.startswith(("context_", "sft_", "base"))} <= names
 
 
 def test_numbers_are_means_over_seeds(tmp_path):
