@@ -1,13 +1,12 @@
 """Chemistry (Fig. 1a, Sec. 6): SciKnowEval's multiple choice, from the file to the grade."""
 import json
 from argparse import Namespace
-from collections import Counter
 
 import pytest
 
 import sdpo
 from common import ROOT, needs_tokenizers, tokenizer_of
-from verifier import Verifier, last_tagged, load_questions
+from verifier import Verifier, load_questions
 
 BENCHMARKS = ROOT.parent / "shared/data/benchmarks"
 needs_data = pytest.mark.skipif(
@@ -29,22 +28,13 @@ def load(tmp_path, row):
     return question
 
 
-# ---------------------------------------------------------------------------------- the question
-
-
-def test_a_row_stays_to_the_letter_and_its_gold_is_tagged(tmp_path):
-    question = load(tmp_path, ROW)
-    assert question["answer"] == "<answer>B</answer>"
-    assert question["messages"] == [
-        dict(role="system", content=SYSTEM), dict(role="user", content=ROW["prompt"])]
-
-
 @pytest.mark.parametrize("row", [
+    ROW,
     dict(prompt=[dict(role="system", content=SYSTEM), dict(role="user", content="Which?")],
          reward_model=dict(ground_truth="B")),
     dict(problem="Which? Give the letter between <answer> and </answer>.", answer="B"),
 ])
-def test_other_ways_to_ask_for_tags(tmp_path, row):
+def test_a_gold_is_tagged_where_tags_are_asked_for(tmp_path, row):
     question = load(tmp_path, row)
     assert question["answer"] == "<answer>B</answer>"
     assert not any("boxed" in m["content"] for m in question["messages"])
@@ -65,8 +55,6 @@ def test_every_row_loads(name):
     for row, question in zip(rows, questions, strict=True):
         assert question["answer"] == f"<answer>{row['answer']}</answer>"
         assert [m["content"] for m in question["messages"]] == [row["system"], row["prompt"]]
-    # guessing one letter earns a third at most
-    assert max(Counter(q["answer"] for q in questions).values()) < len(rows) / 3
 
 
 @needs_data
@@ -83,37 +71,10 @@ def test_the_prompt_of_olmo_is_table_12s():
                 f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_the_teacher_keeps_the_system_prompt(tmp_path):
-    messages = load(tmp_path, ROW)["messages"]
-    answer = "<reasoning>\nC2.\n</reasoning>\n<answer>B</answer>"
-    shown = sdpo.teacher_messages(messages, answer, "full")
-    assert shown[0] == messages[0] and shown[1]["role"] == "user"
-    assert shown[1]["content"].startswith(ROW["prompt"] + "\nCorrect solution:\n\n<reasoning>")
-
-
-# ---------------------------------------------------------------------------------- the grade
-
-
-@pytest.mark.parametrize("text, found", [
-    ("<answer>A</answer>", "A"),
-    ("<reasoning>\nso\n</reasoning>\n<answer>\nA\n</answer>\n", "A"),
-    ("<answer>B</answer> no: <answer> A </answer>", "A"),
-    ("I answer between <answer> tags. <answer>A</answer>", "A"),
-    ("<answer><answer>A</answer></answer>", "A"),  # the last that opens, as of nested boxes
-    ("<answer>A</answer> <answer>", None),
-    ("<answer>A</answer> <answer>B", None),
-    ("<answer>A", None),
-    ("A</answer>", None),
-    ("</answer>A<answer>", None),
-    ("<answer></answer>", ""),
-    ("", None),
-])
-def test_last_tagged(text, found):
-    assert last_tagged(text) == ("" if found is None else f"<answer>{found}</answer>")
-
-
 RIGHT = ["<answer>B</answer>", "<reasoning>\n2 C\n</reasoning>\n<answer>\nB\n</answer>",
          "<answer>A</answer> Wait. <answer>B</answer>", "\\boxed{A} <answer>B</answer>",
+         "I answer between <answer> tags. <answer> B </answer>",
+         "<answer><answer>B</answer></answer>",
          "<think> <answer>A</answer> </think> <answer>B</answer> and so on" + " on" * 9999]
 # What a policy could try instead of knowing it; the gold is B.
 WRONG = [
@@ -152,14 +113,3 @@ def test_tags_do_not_answer_a_question_that_wants_a_box():
     with Verifier(workers=1) as verifier:
         assert verifier.verify(["<answer>7</answer>", "<answer>8</answer> \\boxed{7}",
                                 "\\boxed{8} <answer>7</answer>"], ["7"] * 3) == [0.0, 1.0, 0.0]
-
-
-@needs_data
-@pytest.mark.parametrize("name", FILES)
-def test_every_gold_is_right_and_the_other_letters_are_not(name):
-    golds = [q["answer"] for q in load_questions(str(BENCHMARKS / name))]
-    with Verifier(workers=1) as verifier:
-        for letter in "ABCD":
-            answer = f"<reasoning>\nWait.\n</reasoning>\n<answer>\n{letter}\n</answer>"
-            grades = verifier.verify([answer] * len(golds), golds)
-            assert grades == [float(gold == f"<answer>{letter}</answer>") for gold in golds]

@@ -10,79 +10,9 @@ import torch
 
 import epistemic
 import generate_conditions as conditions
-from common import ROOT, needs_tokenizers, refusal_of_main, tokenizer_of
+from common import ROOT, refusal_of_main
 
-
-# ---------------------------------------------------------------------------------------- prompts
-
-QUESTION = "What is 1 + 1?\nPlease reason step by step, and put your final answer within \\boxed{}."
-CHAT = [dict(role="user", content=QUESTION)]
-S = "<think>\nWait, 1 + 1 = 2.\n</think>\n\nSo \\boxed{2}."
-CLOSE = "Correctly solve the original question."
-SHOWN = {  # context: what stands after the question, as Sec. 3 and App. C print it
-    "full": f"\n\nCorrect solution: {S}\n\n{CLOSE}",
-    "without_think": f"\n\nCorrect solution: So \\boxed{{2}}.\n\n{CLOSE}",
-    "regenerated": f"\n\nCorrect solution: {S}\n\n{CLOSE}",
-    "uncertain": (
-        f"\n\nCorrect solution: {S}\n\nSolve the original question from scratch with a full, "
-        "detailed reasoning trace, without skipping any steps, and include as much uncertainty or "
-        "ambiguity in the explanation."),
-}
-TURN = "<|im_end|>\n<|im_start|>assistant\n"
-TABLE_12 = {  # model: (what comes before the user's text, what comes after with thinking, without)
-    "deepseek-r1-distill-qwen": (
-        "<｜begin▁of▁sentence｜><｜User｜>", "<｜Assistant｜><think>\n", None),
-    "qwen3": ("<|im_start|>user\n", TURN, TURN + "<think>\n\n</think>\n\n"),
-    "olmo-3-instruct": (
-        "<|im_start|>system\nYou are a helpful function-calling AI assistant. You do not currently "
-        "have access to any functions. <functions></functions><|im_end|>\n<|im_start|>user\n",
-        TURN, None),
-    "toy": ("<|im_start|>user\n", TURN, TURN + "<think>\n\n</think>\n\n"),
-}
-
-
-def guided(messages, context):
-    """The chat of a context whose solution is S."""
-    return conditions.teacher_messages(messages, S, context, heading="\n\nCorrect solution: ")
-
-
-def assert_prompts(name):
-    tokenizer = tokenizer_of(name)
-    before, thinking, off = TABLE_12[name]
-    chats = [(CHAT, QUESTION)]  # (1): the plain question
-    chats += [(guided(CHAT, context), QUESTION + shown)
-              for context, shown in SHOWN.items()]
-    for messages, text in chats:
-        for enabled, after in ((True, thinking), (False, off or thinking)):
-            ids = conditions.render(tokenizer, messages, enabled)
-            assert tokenizer.decode(ids) == before + text + after
-            if tokenizer.bos_token_id is not None:
-                assert ids.count(tokenizer.bos_token_id) == before.count(tokenizer.bos_token)
-
-
-@needs_tokenizers
-@pytest.mark.parametrize("name", [name for name in TABLE_12 if name != "toy"])
-def test_prompts_of_the_papers_models(name):
-    assert_prompts(name)
-
-
-def test_prompts_of_the_toy():
-    assert_prompts("toy")
-
-
-def test_contexts_are_the_tables_rows():
-    assert list(conditions.CONTEXTS) == ["unguided", *SHOWN]
-    assert [label[:3] for label in conditions.CONTEXTS.values()] == [f"({i})" for i in range(1, 6)]
-
-
-def test_a_guided_chat_keeps_its_system_message_and_the_plain_one_its_question():
-    chat = [dict(role="system", content="Be brief."), *CHAT]
-    chats = guided(chat, "full")
-    assert chats == [chat[0], dict(role="user", content=QUESTION + SHOWN["full"])]
-    assert chat[1]["content"] == QUESTION  # it is asked again, without
-
-
-# ----------------------------------------------------------------------------------------- tables
+CHAT = [dict(role="user", content="What is 1 + 1?")]
 
 
 def answer(text, correct=1.0, finished=True, tokens=10):
@@ -97,40 +27,29 @@ def group(name, correct, cut=""):
 
 def test_first_correct():
     assert conditions.first_correct(group("a", "0011")) == "a2"
-    assert conditions.first_correct(group("a", "1000")) == "a0"
     assert conditions.first_correct(group("a", "0000")) == "a0"  # authors' code
     assert conditions.first_correct(group("a", "0111", cut="12")) == "a3"  # a cut one is never s
 
 
 def test_pairs_are_as_many_of_each_a_question_in_the_same_order():
-    questions = [
-        dict(index=4, messages=CHAT, answer="2", contexts=dict(
-            unguided=group("u", "01100"), full=group("f", "11111"))),
-        dict(index=5, messages=CHAT, answer="2", contexts={}),
-        dict(index=6, messages=CHAT, answer="2", contexts=dict(unguided=group("?", "11111"))),
-        dict(index=7, messages=CHAT, answer="2", contexts=dict(
-            unguided=group("u", "11110", cut="02"), full=group("f", "10100"))),
-        dict(index=8, messages=CHAT, answer="2", contexts=dict(
-            unguided=group("u", "10000", cut="0"), full=group("f", "11111"))),
-        dict(index=9, messages=CHAT, answer="3", contexts=dict(
-            unguided=group("u", "11100"), full=group("f", "11100", cut="01"))),
+    contexts = [
+        dict(unguided=group("u", "01100"), full=group("f", "11111")),
+        {},
+        dict(unguided=group("?", "11111")),
+        dict(unguided=group("u", "11110", cut="02"), full=group("f", "10100")),
+        dict(unguided=group("u", "10000", cut="0"), full=group("f", "11111")),
+        dict(unguided=group("u", "11100"), full=group("f", "11100", cut="01")),
     ]
+    questions = [dict(index=i, messages=CHAT, answer=str(i), contexts=answers)
+                 for i, answers in enumerate(contexts)]
     d_ug, d_sg = conditions.sft_pairs(questions, 800)
     assert [(row["index"], row["response"]) for row in d_ug] == [
-        (4, "u1"), (4, "u2"), (7, "u1"), (7, "u3"), (9, "u0")]
+        (0, "u1"), (0, "u2"), (3, "u1"), (3, "u3"), (5, "u0")]
     assert [(row["index"], row["response"]) for row in d_sg] == [
-        (4, "f0"), (4, "f1"), (7, "f0"), (7, "f2"), (9, "f2")]
+        (0, "f0"), (0, "f1"), (3, "f0"), (3, "f2"), (5, "f2")]
     for row in d_ug + d_sg:  # both under the plain prompt, as sft_distill.py takes it
-        assert row["prompt"] == CHAT and row["answer"] == ("3" if row["index"] == 9 else "2")
+        assert row["prompt"] == CHAT and row["answer"] == str(row["index"])
     assert conditions.sft_pairs(questions, 3) == (d_ug[:3], d_sg[:3])
-    assert conditions.sft_pairs(questions, 0) == ([], [])
-
-
-def test_mean_and_error_by_hand():
-    values = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]  # means .25 .5 1, their deviation .381881
-    mean, error = conditions.mean_and_error(values, float)
-    assert mean == pytest.approx(7 / 12) and error == pytest.approx(0.381881 / 3**0.5, rel=1e-5)
-    assert conditions.mean_and_error([[1, 0]], float) == (0.5, None)
 
 
 def test_summary_and_table_by_hand():
@@ -141,27 +60,20 @@ def test_summary_and_table_by_hand():
         for context, text in texts.items()}) for i in range(2)]
     studied[1]["contexts"]["full"][1]["correct"] = 1.0
     rows = conditions.summarise(studied)
-    assert list(rows) == list(conditions.CONTEXTS)
     full = rows["full"]
     assert (full["score"], full["score_error"]) == pytest.approx((0.75, 0.25))
     assert (full["length"], full["length_error"]) == pytest.approx((300, 100))  # of 200 and 400
     assert (full["epistemic"], full["epistemic_error"], full["truncated"]) == (3, 0, 0.25)
-    assert full["markers"] == {m: float(m in ("wait", "maybe", "check")) for m in epistemic.MARKERS}
-
     lines = conditions.table(rows).splitlines()
     split = {cells[0]: cells for cells in (re.split(r"\s{2,}", line.strip()) for line in lines)}
     assert split["(2) full solution"] == [
         "(2) full solution", "0.750 ± 0.250", "300 ± 100", "3.0 ± 0.0", "25.0%"]
     assert split["(1) unguided"][1:] == ["0.500 ± 0.000", "300 ± 100", "11.0 ± 0.0", "25.0%"]
     assert split["wait"] == ["wait", "5.00", "1.00", "4.00", "2.00", "3.00"]
-    assert split["check"][1:] == ["1.00"] * 5 and split["hmm"][1:] == ["0.00"] * 5
-    assert all(marker in split for marker in epistemic.MARKERS)
-    assert all(label in split for label in conditions.CONTEXTS.values())
+    assert [*split][1:6] == [f"({i}) {name}" for i, name in enumerate((
+        "unguided", "full solution", "without think", "regenerated", "full, uncertain"), 1)]
     one = conditions.table(conditions.summarise(studied[:1]))
     assert "±" not in one and "0.500" in one  # the spread of one question is unknown
-
-
-# ----------------------------------------------------------------------------------- who is asked
 
 
 UNGUIDED = ["00000000", "00000001", "01100000", "00001111", "11110100", "01000100", "11111111"]
@@ -169,12 +81,15 @@ GUIDED = ["11111111", "00100000", "00000000", "11111111", "11111111", "00000011"
 ARGS = Namespace(accuracy=[0.125, 0.5], samples=8, seed=0, temperature=0.6, top_p=0.95, top_k=20,
                  max_response_tokens=640, enable_thinking=True)
 
-
-CHATS = [[dict(role="user", content=f"Question {i}?")] for i in range(35)]
+CLOSE = "Correctly solve the original question."
+UNCERTAIN = (  # App. C
+    "Solve the original question from scratch with a full, detailed reasoning trace, without "
+    "skipping any steps, and include as much uncertainty or ambiguity in the explanation.")
 
 
 def question(i):
-    return dict(index=i, answer=f"gold{i}", messages=CHATS[i], prompt_ids=[1])
+    chat = [dict(role="user", content=f"Question {i}?")]
+    return dict(index=i, answer=f"gold{i}", messages=chat, prompt_ids=[1])
 
 
 @pytest.fixture
@@ -207,14 +122,13 @@ def asked(monkeypatch):
     return seen
 
 
-def ask_round(to_study, want_pairs, args=ARGS):
+def ask_round(to_study, want_pairs):
     return conditions.ask_round(None, None, None, [question(i) for i in range(7)], 0, to_study,
-                                want_pairs, args)
+                                want_pairs, ARGS)
 
 
-@pytest.mark.parametrize("want_pairs", [True, False])
-def test_the_band_includes_its_bounds(asked, want_pairs):
-    questions = ask_round(100, want_pairs)
+def test_the_band_includes_its_bounds(asked):
+    questions = ask_round(100, True)
     assert [q["index"] for q in questions] == list(range(7))  # all, for the count and the record
     assert [q["accuracy"] for q in questions] == [0, 0.125, 0.25, 0.5, 0.625, 0.25, 1]
     studied = [q for q in questions if q["contexts"]]
@@ -222,13 +136,12 @@ def test_the_band_includes_its_bounds(asked, want_pairs):
     for q in studied:
         assert list(q["contexts"]) == list(conditions.CONTEXTS)
         assert all(len(answers) == 8 for answers in q["contexts"].values())
-        assert (q["messages"], q["answer"]) == (CHATS[q["index"]], f"gold{q['index']}")
+        assert q["messages"] == question(q["index"])["messages"]  # without a solution
     assert len(asked) == 7 + 4 * 4
-    narrow = Namespace(**{**vars(ARGS), "accuracy": [0.2, 0.3]})
-    assert [q["index"] for q in ask_round(100, want_pairs, narrow) if q["contexts"]] == [2, 5]
 
 
 def test_what_stands_in_each_context(asked):
+    """As Sec. 3 and App. C print it."""
     ask_round(100, True)
     s = {1: 7, 2: 1, 3: 4, 5: 1}  # the first correct of (1)
     y = {1: 2, 2: 0, 3: 0, 5: 6}  # the first correct of (2), or its first
@@ -236,14 +149,13 @@ def test_what_stands_in_each_context(asked):
         plain, sure = (f"{name} answer to {i}, number {n}" for name, n in
                        (("plain", s[i]), ("sure", y[i])))
         think = "<think>hm</think>\n"
-        uncertain = SHOWN["uncertain"].replace(S, think + plain)
         assert [rest for number, rest in asked if number == i] == ["", *(
-            f"\n\nCorrect solution: {shown}\n\n{CLOSE}"
-            for shown in (think + plain, plain, think + sure)), uncertain]
+            f"\n\nCorrect solution: {shown}\n\n{close}" for shown, close in (
+                (think + plain, CLOSE), (plain, CLOSE), (think + sure, CLOSE),
+                (think + plain, UNCERTAIN)))]
 
 
-@pytest.mark.parametrize("to_study, studied", [
-    (0, []), (1, [1]), (3, [1, 2, 3]), (4, [1, 2, 3, 5])])
+@pytest.mark.parametrize("to_study, studied", [(0, []), (3, [1, 2, 3])])
 def test_only_as_many_as_to_study_get_five_contexts(asked, to_study, studied):
     band = [1, 2, 3, 5]
     questions = {q["index"]: q for q in ask_round(to_study, True)}
@@ -251,16 +163,13 @@ def test_only_as_many_as_to_study_get_five_contexts(asked, to_study, studied):
         wanted = list(conditions.CONTEXTS)[: 5 if i in studied else 2]
         assert list(questions[i]["contexts"]) == wanted
     assert len(asked) == 7 + 4 + 3 * len(studied)
-    pairs = conditions.sft_pairs(questions.values(), 800)
-    assert [row["index"] for row in pairs[0]] == [1, 3, 3, 3, 3, 5, 5]
-
     asked.clear()
     questions = {q["index"]: q for q in ask_round(to_study, False)}
     assert [i for i, q in questions.items() if "full" in q["contexts"]] == studied
     assert len(asked) == 7 + 4 * len(studied)  # nobody is asked for pairs that nobody wants
 
 
-def test_a_run_that_was_killed_resumes_and_ends_alike(asked, tmp_path, monkeypatch, capsys):
+def test_a_run_that_was_killed_resumes_and_ends_alike(asked, tmp_path, monkeypatch):
     generate, engine = conditions.generate, Namespace(
         llm_engine=Namespace(engine_core=Namespace(shutdown=lambda: None)))
     for name, value in dict(
@@ -287,22 +196,16 @@ def test_a_run_that_was_killed_resumes_and_ends_alike(asked, tmp_path, monkeypat
     # four of seven questions are in the band, with 7 pairs: rounds 0 and 1 hold 6 to study, and
     # round 2 is for the pairs alone; the data's last two rounds are never asked for
     assert len(asked) == (7 + 4 * 4) + (7 + 2 * 4 + 2 * 1) + (7 + 4)
-    rounds = {name for name in whole if name.startswith("round")}
-    assert rounds == {f"round_000{i}.jsonl" for i in range(3)}
     rows = {name: [json.loads(line) for line in text.splitlines()] for name, text in whole.items()}
     for context in conditions.CONTEXTS:
         assert [r["index"] for r in rows[f"{context}.jsonl"][::8]] == [1, 2, 3, 5, 8, 9]
-        assert len(rows[f"{context}.jsonl"]) == 48
     for name in ("d_ug.jsonl", "d_sg.jsonl"):
         assert [r["index"] for r in rows[name]] == [
             1, 3, 3, 3, 3, 5, 5, 8, 10, 10, 10, 10, 12, 12, 15, 17]
-    assert "6 questions of 21" in capsys.readouterr().out
 
     asked.clear()
     with pytest.raises(KeyboardInterrupt):
         run("cut", limit=30)  # within the second round
-    assert [p.name for p in (tmp_path / "cut/rounds").iterdir()] == ["round_0000.jsonl"]
-    assert not (tmp_path / "cut/d_ug.jsonl").exists()
     asked.clear()
     assert run("cut") == whole
     assert len(asked) == (7 + 2 * 4 + 2 * 1) + (7 + 4)  # the first round is not asked again
@@ -310,59 +213,41 @@ def test_a_run_that_was_killed_resumes_and_ends_alike(asked, tmp_path, monkeypat
     assert run("cut") == whole and not asked
 
 
-# ---------------------------------------------------------------------------------------- command
-
-
-def parse(*flags):
-    return conditions.make_parser().parse_args(["--model", "x", *map(str, flags)])
-
-
 def test_defaults_are_the_papers():
     sec_3_and_4 = dict(num_questions=100, samples=8, temperature=0.6, top_p=0.95, top_k=20,
                        max_prompt_tokens=2048, max_response_tokens=32768, accuracy=[0.125, 0.5],
                        sft_examples=800, data="dapo")
-    args = parse()
+    args = conditions.make_parser().parse_args(["--model", "x"])
     assert {name: getattr(args, name) for name in sec_3_and_4} == sec_3_and_4
 
 
 def test_a_folder_belongs_to_flags_model_and_data(tmp_path):
     data = tmp_path / "d.jsonl"
     data.write_text("1")
-    flags = ["--out", tmp_path / "out", "--data", data]
 
     def check(*more):
-        return conditions.check_args(parse(*flags, *more), "x")
+        flags = ["--model", "x", "--out", tmp_path / "out", "--data", data, *more]
+        args = conditions.make_parser().parse_args([*map(str, flags)])
+        return conditions.check_args(args, "x")
     conditions.write_lines(tmp_path / "out/config.json", [check()])
     check()
-    for more, said in ((["--seed", 1], "--seed was 0"), (["--model", "y"], "--model was x"),
-                       (["--accuracy", 0.25, 0.5], "--accuracy was"),
-                       (["--accuracy", 0.5, 0.25], "0 < LOW <= HIGH")):
-        with pytest.raises(ValueError, match=said):
-            check(*more)
+    with pytest.raises(ValueError, match="--model was x, --accuracy was"):
+        check("--model", "y", "--accuracy", 0.25, 0.5)
     data.write_text("2")
     with pytest.raises(ValueError, match="or files have changed: --inputs was"):
         check()
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other/file").write_text("")
     with pytest.raises(ValueError, match="holds something else"):
-        check("--out", tmp_path / "other")
+        check("--out", tmp_path)
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--num_questions", "0"], "--num_questions: 0"), (["--accuracy", "0.5"], "--accuracy"),
-    (["--accuracy", "0", "0.5"], "0 < LOW"), (["--accuracy", "nan", "0.5"], "--accuracy: nan"),
-    (["--temperature", "0"], "--temperature: 0"), (["--sft_examples=-1"], "--sft_examples: -1"),
+    (["--accuracy", "0.5", "0.25"], "0 < LOW"), (["--accuracy", "0", "0.5"], "0 < LOW"),
     (["--data", "no/such.jsonl"], "no/such.jsonl"),
-    (["--data", "broken.jsonl"], "broken.jsonl, line 1"),
     # a context needs room for the question, the solution and an answer
     (["--max_prompt_tokens", "2048", "--max_response_tokens", "1025"], "4,097 together"),
-    (["--model", "empty"], "empty"),
-    (["--nonsense"], "--nonsense"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, flags, said):
     (tmp_path / "good.jsonl").write_text(json.dumps(dict(problem="1+1?", answer="2")))
-    (tmp_path / "broken.jsonl").write_text("{not json\n")
-    (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
     assert said in refusal_of_main(conditions, monkeypatch, [
         "--model", ROOT / "toy/model", "--data", "good.jsonl", "--max_response_tokens", "64",

@@ -9,7 +9,7 @@ import torch
 
 import evaluate
 import sdpo
-from common import ROOT, lines, refusal
+from common import ROOT, lines
 
 sys.path.append(str(ROOT / "toy"))
 import controls  # noqa: E402
@@ -20,7 +20,7 @@ def restored(monkeypatch):
     """Whatever a control replaces is there again after the test."""
     for script in (sdpo, evaluate):
         for name in ("token_losses", "teacher_buckets", "choose_demonstration", "generate",
-                     "load_tokenizer", "make_parser", "main"):
+                     "load_tokenizer", "make_parser"):
             if hasattr(script, name):
                 monkeypatch.setattr(script, name, getattr(script, name))
 
@@ -36,13 +36,10 @@ def losses(targets, vocabulary, k=10):
     return logits, *sdpo.token_losses(*student, torch.tensor(targets), 1.0, *buckets, alpha=0.5)
 
 
-def test_markers_are_named_by_the_tokenizer(tokenizer):
-    words = {tokenizer.decode([i]).strip().lower() for i in controls.marker_ids(tokenizer)}
-    assert "wait" in words and any("perhaps" in word for word in words) and "yes" not in words
-
-
 def test_no_markers_moves_no_markers_logit(tokenizer):
     ids = controls.marker_ids(tokenizer)
+    words = {tokenizer.decode([i]).strip().lower() for i in ids}
+    assert "wait" in words and "yes" not in words
     targets = [ids[0], *[i for i in range(30) if i not in ids][:20]]
     _, loss, plain = losses(targets, len(tokenizer))
     controls.no_markers(tokenizer)
@@ -56,8 +53,7 @@ def test_no_markers_moves_no_markers_logit(tokenizer):
 def test_no_marker_loss_is_by_the_sampled_token(tokenizer):
     ids = controls.marker_ids(tokenizer)
     targets = [ids[0], 5, ids[-1], 6]
-    assert 5 not in ids and 6 not in ids
-    logits, loss, _ = losses(targets, len(tokenizer))
+    _, loss, _ = losses(targets, len(tokenizer))
     controls.no_marker_loss(tokenizer)
     logits, without, _ = losses(targets, len(tokenizer))
     assert without.tolist() == pytest.approx([0, loss[1].item(), 0, loss[3].item()])
@@ -113,11 +109,3 @@ def test_errors_are_sorted_by_kind(tmp_path):
     controls.errors([tmp_path / "seed_0"])
     found = json.loads((tmp_path / "seed_0/errors.json").read_text())
     assert found["base, in"] == {} and sum(found["sdpo, in"].values()) == 1
-
-
-def test_bad_input_is_one_line_and_exit_code_2(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["controls.py", "no_markers", "--model", "no/such/folder"])
-    assert "no/such/folder" in refusal(controls.main)
-    monkeypatch.setattr(sys, "argv", ["controls.py", "nonsense"])
-    with pytest.raises(SystemExit, match="What does the damage"):
-        controls.main()

@@ -1,9 +1,8 @@
-"""MasterAdamW: bfloat16 weights that train as float32 ones do, on one rank and on two."""
+"""MasterAdamW: bfloat16 weights that train as float32 ones do. On two ranks: test_sdpo.py."""
 import pytest
 import torch
 
 import sdpo
-from common import on_ranks
 
 HOW = dict(lr=1e-6, weight_decay=0.01)
 FAR = 1e9  # a norm that no gradient here reaches: nothing is clipped
@@ -36,11 +35,10 @@ def flat(tensors):
 
 def train(parameters, optimizer, lr, steps):
     """The parameters after so many steps of the optimizer, ours or torch's."""
-    ours = isinstance(optimizer, sdpo.MasterAdamW)
     for grads in gradients([p.shape for p in parameters], steps):
         for p, g in zip(parameters, grads):
             p.grad = g.to(p.dtype)
-        if ours:
+        if isinstance(optimizer, sdpo.MasterAdamW):
             optimizer.add_gradients()
             optimizer.step(lr, FAR)
         else:
@@ -66,50 +64,31 @@ def test_lr_1e_6_moves_as_in_float32(alone):
 
 def test_is_adamw(alone):
     """On float32 weights it is torch's AdamW to the bit, whatever rate it was made with."""
-    how = dict(lr=1e-3, weight_decay=0.1)
     ours, theirs = weights(torch.float32), weights(torch.float32)
-    got = train(ours, master(ours, **dict(how, lr=7.0)), 1e-3, 20)
-    assert torch.equal(got, train(theirs, torch.optim.AdamW(theirs, fused=True, **how), 1e-3, 20))
-
-
-def two_ranks_training():
-    ours = weights(torch.bfloat16)
-    optimizer = master(ours, **HOW)
-    got = train(ours, optimizer, 1e-4, 20)
-    return sum(m.numel() for m in optimizer.masters.values()), got
-
-
-def test_two_ranks_hold_a_share_each_and_agree(tmp_path, alone):
-    two, (total, want) = on_ranks(2, tmp_path, two_ranks_training), two_ranks_training()
-    assert all(torch.equal(got, want) for _, got in two)
-    assert sum(held for held, _ in two) == total and all(0 < held < total for held, _ in two)
+    got = train(ours, master(ours, lr=7.0, weight_decay=0.1), 1e-3, 20)
+    exact = torch.optim.AdamW(theirs, fused=True, lr=1e-3, weight_decay=0.1)
+    assert torch.equal(got, train(theirs, exact, 1e-3, 20))
 
 
 def test_clips_by_the_norm_of_the_whole(alone):
-    how = dict(lr=1e-3, weight_decay=0.1)
-    ours, theirs = weights(torch.float32), weights(torch.float32)
-    optimizer, exact = master(ours, **how), torch.optim.AdamW(theirs, **how)
-    (grads,) = gradients([w.shape for w in ours], 1)
-    for p, q, g in zip(ours, theirs, grads):
-        p.grad, q.grad = g.clone(), g.clone()
+    ours = weights(torch.float32)
+    optimizer, (grads,) = master(ours, **HOW), gradients([w.shape for w in ours], 1)
+    for p, g in zip(ours, grads):
+        p.grad = g.clone()
     optimizer.add_gradients()
     assert not any(p.grad.any() for p in ours)
-    norm = optimizer.step(1e-3, 0.5)
-    assert norm == pytest.approx(flat(grads).norm().item(), rel=1e-5)
-    torch.nn.utils.clip_grad_norm_(theirs, 0.5)
-    exact.step()
-    for name, wanted in zip(optimizer.masters, exact.state.values()):
-        torch.testing.assert_close(optimizer.tensors()[f"{name}.exp_avg"], wanted["exp_avg"])
-    torch.testing.assert_close(flat(ours), flat(theirs))
+    norm = flat(grads).norm()
+    assert optimizer.step(1e-3, 0.5) == pytest.approx(norm.item(), rel=1e-5)
+    first_moments = [t for name, t in optimizer.tensors().items() if name.endswith("exp_avg")]
+    torch.testing.assert_close(flat(first_moments), 0.1 * flat(grads) * 0.5 / norm)
 
 
-@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_moves_nothing(alone, odd):
+def test_a_gradient_that_is_not_finite_moves_nothing(alone):
     ours = weights(torch.float32)
     optimizer, before = master(ours, **HOW), flat(ours)
     for w in ours:
         w.grad = torch.zeros_like(w)
-    ours[1].grad[3] = odd
+    ours[1].grad[3] = float("nan")
     optimizer.add_gradients()
     assert not optimizer.step(1e-2, 1.0) < float("inf")
     assert torch.equal(flat(ours), before)
@@ -121,8 +100,8 @@ def error_of_sum(number, size):
     """Relative error of `number` bfloat16 gradients' sum, in rounds of `size`."""
     ours, exact = weights(torch.bfloat16), weights(torch.float32)
     optimizer = master(ours, **HOW)
-    for w, e in zip(ours, exact):
-        w.grad, e.grad = torch.zeros_like(w), torch.zeros_like(e)
+    for w in ours + exact:
+        w.grad = torch.zeros_like(w)
     for i, grads in enumerate(gradients([w.shape for w in ours], number), 1):
         for w, e, g in zip(ours, exact, grads):
             w.grad += g.bfloat16()

@@ -73,7 +73,6 @@ def test_defaults_are_app_es():
 @pytest.mark.parametrize("flags, said", [
     (["--data", "bare.jsonl"], "--data bare.jsonl: 1 of 2 questions have no `solution` text"),
     (["--teacher_thinking"], "--teacher_thinking: the student thinks too"),
-    (["--loss_tokens", "0"], "--loss_tokens"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, flags, said):
     rows = [dict(problem="1+1?", answer="2", solution="It is 2."), dict(problem="1+2?", answer="3")]

@@ -1,5 +1,4 @@
 """remedies.py: each remedy against numbers worked out by hand; two ranks; what reduces to what."""
-import itertools
 import json
 import math
 import random
@@ -13,8 +12,7 @@ import torch
 import grpo
 import remedies
 import sdpo
-from common import (ROOT, assert_same_gradient, gradients_of, learner, on_ranks, refusal_of_main,
-                    toy)
+from common import assert_same_gradient, gradients_of, learner, on_ranks, toy
 
 LOG2, LN3 = math.log(2), math.log(3)
 DEMO, WRONG = [1], [9]
@@ -34,15 +32,14 @@ def on_top():
     return mock.patch.multiple(sdpo, **remedies.REPLACED, MISMATCH_LIMIT=math.inf)
 
 
-def tokens(teacher=DEMO, advantage=0.0, reward=0.0, **columns):
+def tokens(teacher=DEMO, advantage=0.0, **columns):
     """A rollout of which u, entropy, kl, ... are known, a number a token."""
     columns = {name: values if name == "marked" else torch.tensor(values)
                for name, values in columns.items()}
     length = len(next(iter(columns.values())))
-    r = remedies.Rollout(0, [1], [0] * length, [0.0] * length, "", True, reward, teacher,
-                         advantage=advantage, u=torch.zeros(length))
-    vars(r).update(columns)
-    return r
+    columns = dict(dict(u=torch.zeros(length)), **columns)
+    return remedies.Rollout(0, [1], [0] * length, [0.0] * length, "", True, 0.0, teacher,
+                            advantage=advantage, **columns)
 
 
 def weighed(remedy, rollouts, **more):
@@ -53,9 +50,6 @@ def weighed(remedy, rollouts, **more):
 
 def near(*values):
     return pytest.approx(values[0] if len(values) == 1 else [*values], abs=1e-6)
-
-
-# ----------------------------------------------------------------- each one's numbers, by hand
 
 
 def test_demopsd_mixes_towards_what_the_teacher_says_unaided():
@@ -69,14 +63,7 @@ def test_demopsd_mixes_towards_what_the_teacher_says_unaided():
     torch.testing.assert_close(target(plain, aided, 0.0), aided)
 
 
-def test_srpo_weighs_by_the_teachers_certainty(alone):
-    wrong = tokens(entropy=[0.0, LOG2, LN3])  # exp(-H): 1, 1/2, 1/3; their mean is 11/18
-    right = tokens(None, advantage=0.5, reward=1.0, entropy=[5.0])
-    (w, a), other = weighed("srpo", [wrong, right])
-    assert w == near(18 / 11, 9 / 11, 6 / 11) and a == 0 and other == (0, 0.5)
-
-
-def test_antisd_is_the_divergences_gradient_turned_round(alone, tmp_path):
+def test_antisd_turns_the_teacher_round(alone, tmp_path):
     def antisd(advantage, u, **more):
         return weighed("antisd", [tokens(advantage=advantage, u=u, entropy=[1.0] * len(u))],
                        run_dir=tmp_path, **more)[0]
@@ -85,13 +72,6 @@ def test_antisd_is_the_divergences_gradient_turned_round(alone, tmp_path):
     assert w == 0 and a == near(0.5, 0.5 - 0.25 * LOG2, 0.5 - 0.25 * math.log(2 / 3))
     # nothing that the teacher doubts gains more than log(2) / 2 x strength
     assert antisd(0.0, [-1e4], strength=1.0)[1] == [near(LOG2 / 2)]
-    # phi(u) = - d JS / d S(v), as it stands in AntiSD, up to a constant: it cancels in a softmax
-    student = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64, requires_grad=True)
-    teacher = torch.tensor([0.2, 0.1, 0.7], dtype=torch.float64)
-    sdpo.divergence(student.log(), teacher.log(), 0.5).backward()
-    _, a = antisd(0.0, (teacher / student).log().tolist(), strength=1.0)
-    constant = student.grad - torch.tensor(a)
-    assert (constant - constant[0]).abs().max() < 1e-6
 
 
 def test_antisd_gate(alone, tmp_path):
@@ -114,12 +94,8 @@ def test_rlrt_favours_tokens_of_right_answers_only(alone):
     assert w == 0 and right == near(0.5, 0.55, 0.45, 0.525) and wrong == -0.5
 
 
-def test_mixture_shields_and_gate(alone):
-    taught, alone_right = (tokens(teacher, advantage=0.5, u=[0.0]) for teacher in (DEMO, None))
-    assert weighed("mixture", [taught, alone_right]) == [near(0.1, 0.45), near(0, 0.45)]
+def test_shields_and_gate(alone):
     assert weighed("shield", [tokens(u=[0.0, 0.0], marked=[0.0, 1.0])]) == [([1, 0], 0)]
-    assert weighed("shield", [tokens(u=[0.0, 0.0], marked=[0.0, 1.0])], strength=0.25) == [
-        ([1, 0.75], 0)]
     # of five tokens the share of .2 is one; the bar lies between the two largest
     first, second = tokens(kl=[0.1, 0.5]), tokens(kl=[0.4, 0.3, 0.2])
     assert weighed("shield_kl", [first, second]) == [([1, 0], 0), ([1, 1, 1], 0)]
@@ -190,12 +166,9 @@ def test_what_the_rollouts_of_a_group_learn_from(tokenizer):
     assert "hmm" in said and "wait" in said and "4" not in said
 
 
-# -------------------------------------------- the gradient on an epistemic token, and on other ones
-
 # At the one position the student would say "wait" (token 0) with .6; the teacher, who has seen an
 # answer, with .1. It is not quite sure what to say instead: .5 and .4.
 STUDENT, TEACHER, PLAIN, MISLED = [0.6, 0.3, 0.1], [0.1, 0.5, 0.4], [0.6, 0.2, 0.2], [0.2, 0.4, 0.4]
-H_T = -sum(p * math.log(p) for p in TEACHER)
 
 
 class OneToken(remedies.Student):
@@ -271,7 +244,6 @@ def test_signs_on_an_epistemic_token(alone, tmp_path):
     assert of("antisd", 1.0, None) == near(2 * reward)
     assert of("rlrt", 1.0) == near(1.1 * reward)  # S / T is 6, cut at 1.2
     assert of("rlrt", 0.0) == near(-reward)
-    assert of("rlrt", 1.0, None) == near(reward)
     # not at all; or, where it doubts, less
     assert of("shield", 1.0) == of("shield", 0.0) == of("shield_kl", 1.0) == 0
     assert of("shield", 1.0, strength=0.25) == near(0.75 * sdpo_js)
@@ -281,12 +253,6 @@ def test_signs_on_an_epistemic_token(alone, tmp_path):
     assert of("rlcsd", 1.0, None) == near(reward)
     # the teacher is less sure here than elsewhere: away from it, so up
     assert of("dasd", 1.0) == near(reward - 0.5 * sdpo_js) and of("dasd", 1.0) > reward
-    # without a demonstration there is nothing to distil
-    for remedy in ("demopsd", "shield", "shield_kl", "entropy_gate"):
-        assert of(remedy, 1.0, None) == 0
-
-
-# ------------------------------------------------------------------------------------- the update
 
 
 def make_batch(script, remedy, args):
@@ -370,37 +336,21 @@ def test_later_mini_batches_are_compared_with_the_steps_start(alone, tmp_path):
         ddp, optimizer = learner(sdpo, args, lr=1e-2)
         batch = make_batch(remedies, "rlrt", args)
         metrics = sdpo.update(ddp, toy(), optimizer, batch, 1e-2)
-        before = [r.old_logprobs for r in batch if r.weight]
-        again = toy()
-        for r, old in zip((r for r in batch if r.weight), before):
-            student = sdpo.Student(again, args)
-            student.measure([r], again)
-            torch.testing.assert_close(r.old_logprobs, old, atol=1e-4, rtol=1e-4)
     assert metrics["policy_clipped"] > 0.1 and metrics["updates"] > 2
 
 
-def test_antisd_opens_after_five_steps_and_a_step_without_signal_changes_nothing(alone, tmp_path):
-    args, gates, medians = args_of("antisd", run_dir=tmp_path), [], []
+@pytest.mark.parametrize("remedy", remedies.REMEDIES)
+def test_a_step_without_signal_changes_nothing(alone, tmp_path, remedy):
+    args = args_of(remedy, run_dir=tmp_path)
     with on_top():
         ddp, optimizer = learner(sdpo, args)
-        for _ in range(6):
-            batch = make_batch(remedies, "antisd", args)
-            metrics = sdpo.update(ddp, toy(), optimizer, batch, 0.0)
-            with open(tmp_path / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(dict(teacher_entropy=metrics["teacher_entropy"])) + "\n")
-            gates.append(metrics["gate"])
-            medians.append(metrics["teacher_entropy"])
-        assert gates == pytest.approx([0, 0, 0, 0, 0, 1])  # the teacher has not changed
-        assert remedies.antisd.first_medians(args) == medians[:5]
         before = [p.detach().clone() for p in ddp.parameters()]
+        batch = make_batch(remedies, remedy, args)
         for r in batch:
             r.teacher_prompt_ids, r.advantage = None, 0.0
         nothing = sdpo.update(ddp, toy(), optimizer, batch, 1e-3)
     assert nothing["updates"] == nothing["loss"] == nothing["trained_tokens"] == 0
     assert all(map(torch.equal, before, ddp.parameters()))
-
-
-# ---------------------------------------------------------------------------------------- command
 
 
 def test_each_remedy_brings_its_papers_settings():
@@ -411,19 +361,3 @@ def test_each_remedy_brings_its_papers_settings():
     assert flags("srpo") == (1.0, 0.5, 0.0, 5e-6)
     assert flags("antisd") == (0.5, 0.5, 1.0, 1e-6)
     assert flags("antisd", "--strength", "0.1", "--lr", "1e-4") == (0.1, 0.5, 1.0, 1e-4)
-
-
-@pytest.mark.parametrize("flags, said", [
-    ([], "--remedy"), (["--remedy", "prayer"], "--remedy"),
-    (["--remedy", "srpo", "--strength", "-1"], "--strength: -1 does not lie between 0"),
-    (["--remedy", "srpo", "--clip_low", "3"], "--clip_low: 3 does not lie between 0 and 1"),
-    (["--remedy", "srpo", "--data", "none.jsonl"], "none.jsonl"),
-])
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, flags, said):
-    (tmp_path / "good.jsonl").write_text(json.dumps(dict(problem="1+1?", answer="2")))
-    monkeypatch.chdir(tmp_path)
-    argv = ["--model", ROOT / "toy/model", "--data", "good.jsonl", "--eval_data", "good.jsonl",
-            "--max_response_tokens", "64"]
-    with on_top():
-        assert said in refusal_of_main(sdpo, monkeypatch, [*argv, *flags])
-    assert not (tmp_path / "runs").exists()

@@ -4,15 +4,12 @@ import math
 import random
 import sys
 from argparse import Namespace
-from contextlib import redirect_stderr
-from io import StringIO
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.reductions import StorageWeakRef
 
 import sdpo
 from common import (ROOT, assert_same_gradient, gradients_of, learner, lines, needs_tokenizers,
@@ -21,9 +18,13 @@ from common import (ROOT, assert_same_gradient, gradients_of, learner, lines, ne
 torch.manual_seed(0)
 
 
-def reference(student_logits, teacher_logits, alpha):
-    """Eq. 1 and its relatives over the full vocabulary, float64, term by term."""
-    p, q = student_logits.double().softmax(-1), teacher_logits.double().softmax(-1)
+def reference(student_logits, teacher_logits, alpha, top):
+    """Eq. 1 and its relatives over the tokens `top` and all others as one, float64, by terms."""
+    def buckets(logits):
+        p = logits.double().softmax(-1)
+        others = p.scatter(-1, top, 0).sum(-1, keepdim=True)
+        return torch.cat([p.gather(-1, top), others], -1).clamp(min=1e-30)
+    p, q = buckets(student_logits), buckets(teacher_logits)
 
     def kl(a, b):
         return (a * (a / b).log()).sum(-1)
@@ -36,20 +37,6 @@ def reference(student_logits, teacher_logits, alpha):
     return (1 - alpha) * kl(p, m) + alpha * kl(q, m)
 
 
-def setup(n=37, d=16, v=50, scale=2.0):
-    head, teacher_head = torch.nn.Linear(d, v, bias=False), torch.nn.Linear(d, v, bias=False)
-    for h in (head, teacher_head):
-        torch.nn.init.normal_(h.weight, std=scale / d**0.5)
-    hidden = torch.randn(n, d, requires_grad=True)
-    return hidden, head, torch.randint(v, (n,)), torch.randn(n, d), teacher_head
-
-
-def losses(parts, k, alpha, temperature=1.0):
-    hidden, head, targets, *teacher = parts
-    buckets = sdpo.teacher_buckets((hidden, head), teacher, k, temperature)
-    return sdpo.token_losses(hidden, head, targets, temperature, *buckets, alpha=alpha)
-
-
 @pytest.mark.parametrize("alpha, expected", [
     (0.5, 0.132918006), (0.25, 0.102814570), (0.0, 0.583814703), (1.0, 0.537176458)])
 def test_divergence_matches_the_authors_formula(alpha, expected):
@@ -60,12 +47,17 @@ def test_divergence_matches_the_authors_formula(alpha, expected):
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 0.5, 1.0])
-def test_full_k_equals_full_vocabulary_in_value_and_gradient(alpha):
-    parts = setup()
-    hidden, head, _, teacher_hidden, teacher_head = parts
-    got, _ = losses(parts, 50, alpha)
+@pytest.mark.parametrize("k", [50, 8])  # the full vocabulary, and fewer
+def test_loss_equals_naive_in_value_and_gradient(monkeypatch, alpha, k):
+    monkeypatch.setattr(sdpo, "CHUNK", 16)
+    head, teacher_head = (torch.nn.Linear(16, 50, bias=False) for _ in range(2))
+    hidden, teacher_hidden = torch.randn(37, 16, requires_grad=True), 2 * torch.randn(37, 16)
+    buckets = sdpo.teacher_buckets((hidden, head), (teacher_hidden, teacher_head), k, 0.7)
+    targets = torch.randint(50, (37,))
+    got, _ = sdpo.token_losses(hidden, head, targets, 0.7, *buckets, alpha=alpha)
     grads = torch.autograd.grad(got.sum(), [hidden, head.weight])
-    want = reference(head(hidden), teacher_head(teacher_hidden).detach(), alpha)
+    logits, teacher_logits = head(hidden) / 0.7, teacher_head(teacher_hidden).detach() / 0.7
+    want = reference(logits, teacher_logits, alpha, logits.topk(k).indices)
     wanted = torch.autograd.grad(want.sum(), [hidden, head.weight])
     # abs: the empty tail bucket is clamped to 1e-7 of probability, not 0
     torch.testing.assert_close(got.double(), want, atol=5e-6, rtol=1e-5)
@@ -73,68 +65,9 @@ def test_full_k_equals_full_vocabulary_in_value_and_gradient(alpha):
         torch.testing.assert_close(g, w, atol=5e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_fewer_k_is_a_lower_bound_that_closes(alpha):
-    # merging tokens into one bucket can only lose divergence (data processing), and loses at most
-    # what the tail's own tokens contribute
-    parts = setup(scale=4.0)
-    hidden, head, _, teacher_hidden, teacher_head = parts
-    full = reference(head(hidden), teacher_head(teacher_hidden), alpha)
-    gaps = [(full - losses(parts, k, alpha)[0].double()) for k in (1, 5, 20, 40, 50)]
-    assert all((gap > -1e-5).all() for gap in gaps)
-    assert gaps[0].mean() > 1e-2  # k = 1 does lose something: the test could fail
-    means = [gap.mean().item() for gap in gaps]
-    assert means == sorted(means, reverse=True) and means[-1] < 1e-5
-
-
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_gradient_by_finite_differences(alpha):
-    hidden, head, targets, teacher_hidden, teacher_head = setup(n=3, d=4, v=12)
-    student = head(hidden).detach().double().log_softmax(-1)
-    top, ids = student.topk(5)
-    teacher = sdpo.with_tail(
-        teacher_head(teacher_hidden).detach().double().log_softmax(-1).gather(-1, ids))
-    top.requires_grad_(True)
-    assert torch.autograd.gradcheck(
-        lambda t: sdpo.divergence(sdpo.with_tail(t), teacher, alpha), top, eps=1e-6, atol=1e-7)
-
-
-def test_chunked_equals_naive_in_value_and_gradient(monkeypatch):
-    parts = setup(n=37)
-    hidden, head, targets, *_ = parts
-    results = []
-    for size in (5, 1000):
-        monkeypatch.setattr(sdpo, "CHUNK", size)
-        loss, logprobs = losses(parts, 10, 0.5, temperature=0.7)
-        weight = torch.linspace(0, 1, 37)
-        grads = torch.autograd.grad((loss * weight + logprobs * weight**2).sum(),
-                                    [hidden, head.weight])
-        results.append([loss, logprobs, *grads])
-    for chunked, whole in zip(*results):
-        torch.testing.assert_close(chunked, whole, atol=1e-6, rtol=1e-5)
-    naive = (head(hidden) / 0.7).log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
-    torch.testing.assert_close(results[0][1], naive, atol=1e-6, rtol=1e-5)
-    loss, logprobs = sdpo.token_losses(hidden, head, targets, 0.7)  # without a teacher
-    torch.testing.assert_close(logprobs, naive, atol=1e-6, rtol=1e-5)
-    assert not loss.any()
-
-
-def test_importance_weight_is_cut_and_detached():
-    now = torch.tensor([0.0, 0.5, 3.0, 100.0, -100.0], requires_grad=True)
-    weight = sdpo.importance_weight(now, torch.zeros(5))
-    assert not weight.requires_grad
-    assert weight.tolist() == pytest.approx([1, math.exp(0.5), 2, 2, math.exp(-20)])
-
-
 def rollout(prompt, response, teacher=None, row=0, reward=0.0, finished=True):
     logprobs = [-1.0] * len(response)
     return sdpo.Rollout(row, prompt, response, logprobs, "", finished, reward, teacher)
-
-
-def test_loss_weights_count_sequences_without_demonstration():
-    batch = [rollout([1], [1, 2], [3]), rollout([1], [1] * 5, [3]), rollout([1], [1] * 7)]
-    sdpo.set_loss_weights(batch)
-    assert [r.weight for r in batch] == [1 / 6, 1 / 15, 0]
 
 
 @pytest.mark.parametrize("flags, shown", [
@@ -143,28 +76,19 @@ def test_loss_weights_count_sequences_without_demonstration():
 def test_who_sees_which_solution(alone, monkeypatch, tokenizer, flags, shown):
     args = sdpo.make_parser().parse_args(["--model", "m", *flags])
     question = dict(messages=[dict(role="user", content="1+1?")], prompt_ids=[1], answer="2")
+    # a cut answer earns nothing and is no demonstration, whatever box stands in its think part
     answers = [SimpleNamespace(token_ids=(7, i), logprobs=SimpleNamespace(logprobs=[-1.0, -2.0]),
-                               text=text, finish_reason="stop", reward=reward)
-               for i, (text, reward) in enumerate([("3", 0.0), ("<think>Two.</think> 2", 1.0)])]
+                               text=text, finish_reason=reason, reward=reward)
+               for i, (text, reason, reward) in enumerate([
+                   ("3", "stop", 0), ("<think>Two.</think> 2", "stop", 1), ("2", "length", 1)])]
     monkeypatch.setattr(sdpo, "generate", lambda *_, **__: [answers])
-    wrong, right = sdpo.sample_groups(None, None, tokenizer, [question], 1, args)
+    wrong, right, cut = sdpo.sample_groups(None, None, tokenizer, [question], 1, args)
     prompt = tokenizer.decode(wrong.teacher_prompt_ids)
     assert f"1+1?\nCorrect solution:\n\n{shown}\n\nCorrectly solve" in prompt
     assert prompt.endswith("assistant\n" if args.enable_thinking else "<think>\n\n</think>\n\n")
     assert right.teacher_prompt_ids is None  # its group's only success
     assert (right.response_ids, right.logprobs, right.finished) == ([7, 1], [-1.0, -2.0], True)
-
-
-def test_a_cut_answer_earns_nothing_and_is_no_demonstration(alone, monkeypatch, tokenizer):
-    """Whatever box stands in its unfinished think part."""
-    answers = [SimpleNamespace(token_ids=(7,), logprobs=SimpleNamespace(logprobs=[-1.0]), text="2",
-                               finish_reason=reason, reward=1.0) for reason in ("length", "stop")]
-    question = dict(messages=[dict(role="user", content="1+1?")], prompt_ids=[1], answer="2")
-    monkeypatch.setattr(sdpo, "generate", lambda *_, **__: [answers])
-    args = sdpo.make_parser().parse_args(["--model", "m"])
-    cut, whole = sdpo.sample_groups(None, None, tokenizer, [question], 1, args)
-    assert (cut.reward, whole.reward) == (0, 1)
-    assert cut.teacher_prompt_ids and whole.teacher_prompt_ids is None
+    assert cut.reward == 0 and cut.teacher_prompt_ids == wrong.teacher_prompt_ids
 
 
 def test_a_demonstration_is_a_correct_sibling_at_random():
@@ -176,7 +100,6 @@ def test_a_demonstration_is_a_correct_sibling_at_random():
         drawn = [sdpo.choose_demonstration(group, i, rng) for _ in range(100)]
         return {demonstration and demonstration.row for demonstration in drawn}
     assert choose([0, 1, 0], 1) == {None}  # its group's only success
-    assert choose([0, 0], 0) == {None}
     assert choose([1, 1, 0, 1], 0) == {1, 3}
 
 
@@ -195,39 +118,20 @@ def test_what_a_teacher_reads(response, shown):
         assert chat["content"] == f"Q\nCorrect solution:\n\n{text}\n\n{closing}"
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_micro_batches_keep_the_budget(monkeypatch, ranks):
-    def deal(batch, budget):
-        """The micro-batches of every rank."""
-        monkeypatch.setattr(dist, "get_world_size", lambda: ranks)
-        dealt = []
-        for rank in range(ranks):
-            monkeypatch.setattr(dist, "get_rank", lambda: rank)
-            dealt.append(sdpo.my_micro_batches(batch, budget))
-        return dealt
+def test_micro_batches_keep_the_budget(monkeypatch):
     rng = random.Random(0)
     batch = [rollout([1] * 10, [1] * rng.randint(1, 400), [1] * 30) for _ in range(203)]
-    for r in batch:
-        r.weight = 1.0
-    dealt = deal(batch, 2000)
-    micros = [m for mine in dealt for m in mine]
-    assert len(set(map(len, dealt))) == 1
-    assert sorted(id(r) for m in micros for r in m if r.weight) == sorted(map(id, batch))
-    assert all(len(m) * max(r.tokens() for r in m) <= 2000 for m in micros)
-    dealt = deal(batch[:3], 1)  # too long goes alone; the last rank gets a copy that weighs nothing
-    assert [len(m) for m in sum(dealt, [])] == [1] * (3 if ranks == 1 else 4)
-    assert [r.weight for m in dealt[-1] for r in m] == ([1.0] * 3 if ranks == 1 else [1.0, 0.0])
-
-
-def test_padding_changes_nothing():
-    model = toy()
-    prompts, responses = [[5, 6, 7], [8, 9], [10] * 9], [[11, 12], [13] * 6, [14]]
-    together = sdpo.response_hidden(model, prompts, responses)
-    alone = [sdpo.response_hidden(model, [p], [y]) for p, y in zip(prompts, responses)]
-    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
-
-
-# ------------------------------------------------------------------------------------- the update
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    for rollouts, budget in ((batch, 2000), (batch[:3], 1)):  # too long goes alone
+        dealt = []
+        for rank in range(2):
+            monkeypatch.setattr(dist, "get_rank", lambda: rank)
+            dealt.append(sdpo.my_micro_batches(rollouts, budget))
+        micros = sum(dealt, [])
+        assert len(dealt[0]) == len(dealt[1])
+        assert {id(r) for m in micros for r in m} >= {*map(id, rollouts)}
+        assert sum(map(len, micros)) - len(rollouts) <= 1  # a copy; its weight: on two ranks, below
+        assert all(len(m) == 1 or len(m) * max(r.tokens() for r in m) <= budget for m in micros)
 
 
 def flags(size=23):
@@ -267,7 +171,7 @@ def sampled_now(ddp, batch):
 
 def measure(size, moved=False, rounds=sdpo.ROUND, recompute=False):
     """This rank's share of the gradient of a mini-batch, and what else an update makes of it."""
-    with mock.patch.multiple(sdpo, ROUND=rounds, MISMATCH_LIMIT=math.inf):
+    with mock.patch.multiple(sdpo, ROUND=rounds, MISMATCH_LIMIT=math.inf, CHUNK=16):
         ddp, optimizer = learner(sdpo, flags(size))
         if recompute:  # as main() does
             ddp.module.model.train().gradient_checkpointing_enable(dict(use_reentrant=False))
@@ -286,19 +190,13 @@ def test_one_rank_gives_the_gradient_of_brute_force(alone, moved):
     for r in batch:  # alone, all logits at once; one without a teacher adds nothing and counts
         if r.teacher_prompt_ids is None:
             continue
-        buckets = []
-        for asked, prompt in ((model, r.prompt_ids), (teacher, r.teacher_prompt_ids)):
-            logits = asked(input_ids=torch.tensor([prompt + r.response_ids])).logits[0]
-            p = (logits[len(prompt) - 1 : -1] / 0.7).softmax(-1)
-            if asked is model:
-                now = p.log()[range(len(p)), r.response_ids]
-                top = p.topk(20).indices
-            others = p.scatter(-1, top, 0).sum(-1, keepdim=True)
-            buckets.append(torch.cat([p.gather(-1, top), others], -1).log())
-        vllm = torch.tensor(r.logprobs)
+        mine, others = (asked(input_ids=torch.tensor([prompt + r.response_ids])).logits[
+            0, len(prompt) - 1 : -1] / 0.7 for asked, prompt in (
+                (model, r.prompt_ids), (teacher, r.teacher_prompt_ids)))
+        loss = reference(mine, others.detach(), 0.5, mine.topk(20).indices)
+        now, vllm = mine.log_softmax(-1)[range(len(mine)), r.response_ids], torch.tensor(r.logprobs)
         start = r.old_logprobs if moved else now.detach()
         ratio, correction = (now.detach() - start).exp(), (start - vllm).exp()
-        loss = reference(buckets[0], buckets[1].detach(), 0.5)
         total = total + (loss * ratio.clamp(max=2) * correction.clamp(max=2)).mean() / len(batch)
         tokens, gap = tokens + len(vllm), gap + (start - vllm).abs().sum().item()
         cut += ((ratio >= 2) | (correction >= 2)).sum().item()
@@ -312,20 +210,25 @@ def test_one_rank_gives_the_gradient_of_brute_force(alone, moved):
     assert one["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
+def assert_same_on_two_ranks(one, two):
+    """What measure() says on one rank is what it says on two, and both of them take their part."""
+    assert two[0]["micros"] == two[1]["micros"] == (one["micros"] + 1) // 2
+    assert sum(r["fillers"] for r in two) == one["micros"] % 2 and one["fillers"] == 0
+    assert_same_gradient(two[0]["gradient"] | two[1]["gradient"], one["gradient"])
+    for r in two:  # the statistics are every rank's, and are of all
+        for key in {"loss", "grad_norm", "mismatch", "mismatch_max"} & one.keys():
+            assert r[key] == pytest.approx(one[key], rel=1e-4, abs=1e-7) and one[key] != 0
+        for key in {"trained_tokens", "clipped", "trained"} & one.keys():
+            assert r[key] == one[key]
+
+
 @pytest.mark.parametrize("size, rounds", [
     (23, sdpo.ROUND), (23, 2),  # one round of micro-batches, or several
     (2, 2)])  # of the two one has a teacher: rank 1 has a filler
 def test_two_ranks_give_the_gradient_of_one(tmp_path, alone, size, rounds):
     one, two = measure(size), on_ranks(2, tmp_path, measure, size, False, rounds)
-    assert two[0]["micros"] == two[1]["micros"] == (one["micros"] + 1) // 2
-    assert sum(r["fillers"] for r in two) == one["micros"] % 2 and one["fillers"] == 0
+    assert_same_on_two_ranks(one, two)
     assert size < 23 or two[0]["micros"] > 2  # several rounds
-    assert_same_gradient(two[0]["gradient"] | two[1]["gradient"], one["gradient"])
-    for r in two:  # the statistics are every rank's, and are of all
-        for key in ("loss", "grad_norm", "mismatch", "mismatch_max"):
-            assert r[key] == pytest.approx(one[key], rel=1e-4) and one[key] > 0
-        assert [r[key] for key in ("trained_tokens", "clipped", "trained")] == [
-            one[key] for key in ("trained_tokens", "clipped", "trained")]
     assert all(map(torch.equal, two[0]["weights"], two[1]["weights"]))
 
 
@@ -333,26 +236,6 @@ def test_recomputing_layers_changes_no_bit(alone):
     kept, recomputed = measure(23), measure(23, recompute=True)
     assert kept["loss"] == recomputed["loss"]
     assert all(map(torch.equal, kept["weights"], recomputed["weights"]))
-
-
-def test_update_trains_the_student_towards_the_teacher(alone):
-    """The loss on the very same rollouts falls; without a teacher nothing is computed at all."""
-    ddp, optimizer = learner(sdpo, flags())
-    batch, teacher, metrics = make_batch(23), toy(), []
-    for _ in range(2):
-        sampled_now(ddp, batch)
-        metrics.append(sdpo.update(ddp, teacher, optimizer, batch, 1e-3))
-    first, second = metrics
-    assert 0 < second["loss"] < 0.9 * first["loss"]
-    assert first["updates"] == 1 and first["skipped"] == 0 and first["grad_norm"] > 0
-    assert first["mismatch"] < 1e-5 and first["mismatch_max"] < 1e-3
-    assert first["trained"] == 15 / 23
-    for r in batch:
-        r.teacher_prompt_ids = None
-    before = [p.detach().clone() for p in ddp.parameters()]
-    nothing = sdpo.update(ddp, teacher, optimizer, batch, 1e-3)
-    assert nothing["updates"] == nothing["loss"] == nothing["trained_tokens"] == 0
-    assert all(map(torch.equal, before, ddp.parameters()))
 
 
 def test_an_engine_with_old_weights_ends_the_run(alone):
@@ -366,7 +249,7 @@ def test_an_engine_with_old_weights_ends_the_run(alone):
     assert all(map(torch.equal, before, ddp.parameters()))
 
 
-def test_gradients_lie_in_ddps_buckets_and_go_with_it(alone):
+def test_gradients_lie_in_ddps_buckets(alone):
     ddp, optimizer = learner(sdpo, flags())
     model, batch = ddp.module.model, make_batch(23)
     sampled_now(ddp, batch)
@@ -378,10 +261,6 @@ def test_gradients_lie_in_ddps_buckets_and_go_with_it(alone):
         sdpo.update(ddp, toy(), optimizer, batch, 0.0)
         held.append(len(storages()))
     assert max(held) <= 2 and len(list(model.parameters())) > 20
-    gone = [StorageWeakRef(gradient.untyped_storage()) for gradient in storages()]
-    del ddp
-    model.zero_grad(set_to_none=True)
-    assert gone and all(storage.expired() for storage in gone)
 
 
 def test_the_teacher_comes_back(alone):
@@ -399,42 +278,6 @@ def test_the_teacher_comes_back(alone):
     sdpo.load_teacher(teacher, averages, model, path)
     assert all(map(torch.equal, teacher.parameters(), averages.values()))
 
-
-# --------------------------------------------------------------------------------- what it prints
-
-
-def test_a_steps_line_fits_80_columns(alone, tmp_path, monkeypatch, capsys):
-    means = dict(score=0.412, length=20480.0, epistemic=142.1, truncated=0.0)
-    monkeypatch.setattr(sdpo.epistemic, "averages", lambda records: means)
-    metrics = dict(loss=-0.031, skipped=0, trained=0.5)
-    for step, hours in ((1, 2), (90, 1), (99, 10), (100, 10)):  # a step of an 8B model takes hours
-        sdpo.log(Namespace(run_dir=tmp_path, wandb=False, steps=100), step, [rollout([1], [1, 2])],
-                 metrics, dict(rollout=3000.0 * hours, update=600.0 * hours))
-        (line,) = capsys.readouterr().out.splitlines()
-        assert line.startswith(f"step {step}/100  score 0.412  len ") and "20,480" in line
-        assert len(line) <= 80, line
-
-
-def test_a_bar_writes_nothing_to_a_pipe_within_a_minute(alone):
-    with redirect_stderr(StringIO()) as pipe:
-        bar = sdpo.progress(total=5, desc="update")
-        bar.update()
-        bar.refresh()  # as vLLM does at its end
-        assert pipe.getvalue() == ""
-        bar.start_t -= 60  # a minute later
-        bar.last_print_t -= 60
-        bar.update()
-        said = pipe.getvalue()
-        assert "update" in said and "2/5" in said
-        bar.update()
-        assert pipe.getvalue() == said
-        quick = sdpo.progress(total=1)
-        quick.update()
-        quick.close()
-        assert pipe.getvalue() == said
-
-
-# ---------------------------------------------------------------------------------------- prompts
 
 QUESTION = "What is 1 + 1?\nPlease reason step by step, and put your final answer within \\boxed{}."
 REPROMPT = QUESTION + "\nCorrect solution:\n\nS\n\nCorrectly solve the original question."
@@ -473,9 +316,6 @@ def test_prompts_of_the_toy(tokenizer):
     assert tokenizer.decode(tokenizer.encode(answer), skip_special_tokens=True) == answer
 
 
-# ---------------------------------------------------------------------------------------- command
-
-
 def test_defaults_are_the_papers():
     args = sdpo.make_parser().parse_args(["--model", "x"])
     table_8_and_10 = dict(
@@ -485,60 +325,36 @@ def test_defaults_are_the_papers():
     assert {name: getattr(args, name) for name in table_8_and_10} == table_8_and_10
 
 
-GOOD = dict(prompt=[dict(role="user", content="1+1?")], reward_model=dict(ground_truth="2"))
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """A folder with good and bad input, the current one."""
-    rows = [json.dumps(row) for row in (GOOD, dict(GOOD, reward_model=None), dict(answer="2"))]
-    (tmp_path / "good.jsonl").write_text(rows[0])
-    (tmp_path / "broken.jsonl").write_text(rows[0] + "\n{not json\n")
-    (tmp_path / "no_answer.jsonl").write_text(rows[0] + "\n" + rows[1])
-    (tmp_path / "no_question.jsonl").write_text(rows[2])
-    (tmp_path / "bad.parquet").write_text("no parquet")
-    (tmp_path / "empty").mkdir()
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-FLAGS = ["--model", ROOT / "toy/model", "--data", "good.jsonl", "--eval_data", "good.jsonl",
-         "--max_response_tokens", "64"]  # of a flag given twice the last counts
-
-
 @pytest.mark.parametrize("flags, said", [
     (["--data", "no/such.jsonl"], "no/such.jsonl"),
     (["--data", "bad.parquet"], "bad.parquet"),
-    (["--data", "broken.jsonl"], "broken.jsonl, line 2"),
-    (["--data", "no_answer.jsonl"], "no_answer.jsonl, row 2: no answer"),
-    (["--data", "no_question.jsonl"], "no_question.jsonl, row 1: no question"),
     (["--max_prompt_tokens", "3"], "good.jsonl: no prompt fits --max_prompt_tokens 3"),
     (["--model", "no/such/folder"], "no/such/folder"),
     (["--model", "empty"], "empty"),
     (["--minibatch_questions", "100"], "--questions_per_step 256 is not divisible by 100"),
-    (["--top_k", "0"], "--top_k: 0 does not lie between 1 and inf"),
-    (["--alpha", "2"], "--alpha: 2 does not lie between 0 and 1"),
     (["--lr", "nan"], "--lr: nan does not lie between 0 and 1"),
-    (["--steps", "many"], "--steps: invalid number value: 'many'"),
     (["--num_questions", "5"], "--num_questions 5: the data has 1"),
-    (["--eval_data", "no/such.json"], "no/such.json"),
     (["--eval_data", "good.jsonl", "other/good.parquet"], "two benchmarks have one name"),
     (["--max_response_tokens", "9999"], "has 4,096 positions"),
-    (["--nonsense"], "--nonsense"),
+    ("3 ranks", "256 is not divisible by 3 "),
 ])
-def test_bad_input_is_one_line_and_exit_code_2(here, monkeypatch, flags, said):
-    assert said in refusal_of_main(sdpo, monkeypatch, [*FLAGS, *flags])
-    assert not (here / "runs").exists()
-
-
-def test_the_ranks_must_divide_the_questions(here, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    assert "256 is not divisible by 3 " in refusal_of_main(sdpo, monkeypatch, FLAGS)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, flags, said):
+    (tmp_path / "good.jsonl").write_text(json.dumps(dict(problem="1+1?", answer="2")))
+    (tmp_path / "bad.parquet").write_text("no parquet")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    if flags == "3 ranks":
+        monkeypatch.setenv("WORLD_SIZE", "3")
+        flags = []
+    assert said in refusal_of_main(sdpo, monkeypatch, [
+        "--model", ROOT / "toy/model", "--data", "good.jsonl", "--eval_data", "good.jsonl",
+        "--max_response_tokens", "64", *flags])  # of a flag given twice the last counts
+    assert not (tmp_path / "runs").exists()
 
 
 def test_wandb_gets_the_metrics(tmp_path, alone, monkeypatch):
-    args = sdpo.make_parser().parse_args(
-        ["--model", "m", "--run_dir", str(tmp_path / "run"), "--wandb"])
+    args, other = (sdpo.make_parser().parse_args(
+        ["--model", "m", "--run_dir", str(tmp_path / name), "--wandb"]) for name in "ab")
     sent = []
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(
         init=lambda **how: sent.append(how), log=lambda m, step: sent.append((step, m))))
@@ -546,10 +362,8 @@ def test_wandb_gets_the_metrics(tmp_path, alone, monkeypatch):
     sdpo.log(args, 3, [rollout([1], [1, 2])], dict(loss=0.5, skipped=0, trained=1),
              dict(rollout=1.0, update=1.0))
     sdpo.begin_run(args)  # the same command again: the same run there
-    other = sdpo.make_parser().parse_args(
-        ["--model", "m", "--run_dir", str(tmp_path / "other"), "--wandb"])
     sdpo.begin_run(other)
     (begun, (step, metrics), again, another) = sent
     assert begun["id"] == again["id"] != another["id"] and begun["resume"] == "allow"
     assert begun["config"]["lr"] == 1e-5 and step == 3 and metrics["length"] == 2
-    assert lines(tmp_path / "run/metrics.jsonl") == [metrics]
+    assert lines(tmp_path / "a/metrics.jsonl") == [metrics]

@@ -1,6 +1,6 @@
 """sft_distill.py: examples, the masked loss, the schedule, whole runs on the toy. No vLLM."""
-import itertools
 import json
+import math
 import os
 import random
 import re
@@ -13,7 +13,8 @@ import torch
 import kill
 import sft_distill
 from common import (ROOT, assert_same_gradient, gradients_of, learner, lines, needs_tokenizers,
-                    on_ranks, refusal_of_main, tokenizer_of, toy)
+                    on_ranks, refusal, refusal_of_main, tokenizer_of, toy)
+from test_sdpo import assert_same_on_two_ranks
 
 
 def load(path, tokenizer, **more):
@@ -26,37 +27,26 @@ def write(path, *rows):
     return path
 
 
-# --------------------------------------------------------------------------------------- examples
-
 CHAT = [dict(role="user", content="What is 1 + 1?")]
 ANSWER = "<think>\nWait, 1 + 1 is 2.\n</think>\n\n\\boxed{2}"
 
 
-def test_a_prompt_is_messages_or_the_users_text(tmp_path, tokenizer):
+def test_an_example(tmp_path, tokenizer):
     path = write(tmp_path / "d.jsonl", dict(prompt=CHAT, response=ANSWER, answer="2", index=7),
-                 dict(prompt=CHAT[0]["content"], response=ANSWER),
                  dict(prompt=[dict(role="system", content="Be brief."), *CHAT], response="é ∑"))
-    path.write_text(path.read_text().replace("\n", "\n\n"))  # blank lines are no examples
-    first, second, third = load(path, tokenizer)
-    assert tokenizer.decode(first.prompt_ids) == (
-        "<|im_start|>user\nWhat is 1 + 1?<|im_end|>\n<|im_start|>assistant\n")
-    system = "<|im_start|>system\nBe brief.<|im_end|>\n"
-    assert tokenizer.decode(third.prompt_ids) == system + tokenizer.decode(first.prompt_ids)
-    assert first.prompt_ids == second.prompt_ids and first.response_ids == second.response_ids
-    assert tokenizer.decode(first.response_ids) == ANSWER + "<|im_end|>"
-    assert tokenizer.decode(third.response_ids) == "é ∑<|im_end|>"
-    assert first.text == ANSWER
-    for r in (first, second, third):
-        assert r.response_ids.count(tokenizer.eos_token_id) == 1
+    first, second = load(path, tokenizer)
+    user = "<|im_start|>user\nWhat is 1 + 1?<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(first.prompt_ids) == user
+    assert tokenizer.decode(second.prompt_ids) == "<|im_start|>system\nBe brief.<|im_end|>\n" + user
+    assert tokenizer.decode(first.response_ids) == ANSWER + "<|im_end|>" and first.text == ANSWER
+    assert tokenizer.decode(second.response_ids) == "é ∑<|im_end|>"
 
 
 def test_too_long_is_dropped_by_prompt_and_by_response(tmp_path, tokenizer, capsys):
     rows = [dict(prompt="a", response="b c"), dict(prompt="a " * 50, response="b c"),
             dict(prompt="a", response="b " * 50)]
     path = write(tmp_path / "d.jsonl", *rows)
-    everything = load(path, tokenizer)
-    assert "3 of 3 examples fit" in capsys.readouterr().out
-    short, prompt, response = everything
+    everything = short, prompt, response = load(path, tokenizer)
     # the limits themselves are allowed, and the end token is one of the response's
     sizes = dict(max_prompt_tokens=len(short.prompt_ids),
                  max_response_tokens=len(short.response_ids))
@@ -66,19 +56,21 @@ def test_too_long_is_dropped_by_prompt_and_by_response(tmp_path, tokenizer, caps
     assert load(path, tokenizer, **sizes) == [short, prompt]
     sizes["max_response_tokens"] = len(response.response_ids)
     assert load(path, tokenizer, **sizes) == everything
+    path.write_text("\n\n")
+    with pytest.raises(ValueError, match=re.escape(f"--data {path}: no example fits")):
+        load(path, tokenizer)
 
 
 GOOD = '{"prompt": "a", "response": "b"}'
 
 
 @pytest.mark.parametrize("line", [
-    "{not json", "3", "[]", '"text"', "null", "{}", '{"prompt": "a"}', '{"response": "b"}',
+    "{not json", "3", "[]", "null", "{}", '{"prompt": "a"}', '{"response": "b"}',
     *('{"prompt": "a", "response": %s}' % response for response in (
-        '""', '" \\n"', "5", "null", '["b"]', '[{"content": "b"}]', '"\\ud83d"', '"\xff"')),
+        '" \\n"', "5", "null", '["b"]', '[{"content": "b"}]', '"\\ud83d"', '"\xff"')),
     *('{"prompt": %s, "response": "b"}' % prompt for prompt in (
-        '""', '" \\n"', "5", "{}", "null", "[]", "[[]]", '["a"]', "[{}]",
-        '{"role": "user", "content": "a"}', '[{"content": "a"}]', '[{"role": "user"}]',
-        *('[{"role": "user", "content": %s}]' % text for text in ("null", '["a"]', '""')))),
+        '" \\n"', "{}", "null", "[]", '["a"]', '{"role": "user", "content": "a"}',
+        '[{"content": "a"}]', '[{"role": "user"}]', '[{"role": "user", "content": ["a"]}]')),
     '{"messages": []}', '{"messages": "a"}',
     '{"messages": [{"role": "assistant", "content": "b"}]}'])
 def test_a_bad_line_is_named_whatever_the_template(tmp_path, monkeypatch, tokenizer, line):
@@ -91,63 +83,36 @@ def test_a_bad_line_is_named_whatever_the_template(tmp_path, monkeypatch, tokeni
         load(path, tokenizer)
 
 
-@pytest.mark.parametrize("more", [dict(), dict(max_response_tokens=1)])
-def test_a_file_without_a_fitting_example(tmp_path, tokenizer, more):
-    path = tmp_path / "d.jsonl"
-    path.write_text(GOOD if more else "\n\n")
-    with pytest.raises(ValueError, match=re.escape(f"--data {path}: no example fits")):
-        load(path, tokenizer, **more)
-
-
 def test_other_formats_that_people_have(tmp_path, tokenizer):
-    """completion for response; messages that end with the assistant's; a byte order mark."""
+    """The user's text; completion for response; messages; a byte order mark, blank lines."""
     answer = dict(role="assistant", content=ANSWER)
     path = write(tmp_path / "d.jsonl", dict(prompt=CHAT, response=ANSWER, messages=None),
+                 dict(prompt=CHAT[0]["content"], response=ANSWER),
                  dict(prompt=CHAT, completion=ANSWER), dict(prompt=CHAT, completion=[answer]),
                  dict(messages=[*CHAT, answer], prompt="a title"))
-    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))  # Windows
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n\n"))  # Windows
     first, *others = load(path, tokenizer)
-    assert others == [first] * 3
+    assert others == [first] * 4
     write(path, dict(messages=[*CHAT, answer, *CHAT]))
     with pytest.raises(ValueError, match="line 1.*the last message is not the assistant's"):
         load(path, tokenizer)
 
 
-THINKING = "What is 1 + 1?<|im_end|>\n<|im_start|>assistant\n"
-SPEAKS = {  # model: (where the template lets it speak with thinking, without, end token)
-    "deepseek-r1-distill-qwen": (
-        "<｜begin▁of▁sentence｜><｜User｜>What is 1 + 1?<｜Assistant｜><think>\n", None,
-        "<｜end▁of▁sentence｜>"),
-    "qwen3": ("<|im_start|>user\n" + THINKING,
-              "<|im_start|>user\n" + THINKING + "<think>\n\n</think>\n\n", "<|im_end|>"),
-    "olmo-3-instruct": (
-        "<|im_start|>system\nYou are a helpful function-calling AI assistant. You do not currently "
-        "have access to any functions. <functions></functions><|im_end|>\n<|im_start|>user\n"
-        + THINKING, None, "<|endoftext|>"),
-}
-
-
 @needs_tokenizers
-@pytest.mark.parametrize("name", SPEAKS)
-def test_examples_of_the_papers_models(tmp_path, name):
+@pytest.mark.parametrize("name, end", [
+    ("deepseek-r1-distill-qwen", "<｜end▁of▁sentence｜>"), ("qwen3", "<|im_end|>"),
+    ("olmo-3-instruct", "<|endoftext|>")])
+def test_examples_of_the_papers_models(tmp_path, name, end):
+    """The response ends with the very token that the template puts after an answer."""
     tokenizer = tokenizer_of(name)
-    thinking, off, end = SPEAKS[name]
-    path = write(tmp_path / "d.jsonl", dict(prompt=CHAT, response=ANSWER))
-    for enabled, prompt in ((True, thinking), (False, off or thinking)):
-        (r,) = load(path, tokenizer, enable_thinking=enabled)
-        assert tokenizer.decode(r.prompt_ids) == prompt
-        # a prompt that ends with <think> takes it from the answer, or it would stand there twice
-        answer = ANSWER.removeprefix("<think>\n") if prompt.endswith("<think>\n") else ANSWER
-        assert tokenizer.decode(r.response_ids) == answer + end
-        ids = r.prompt_ids + r.response_ids
-        assert ids.count(tokenizer.eos_token_id) == 1 + prompt.count(end)
-    # the very token that the template puts after an answer
+    (r,) = load(write(tmp_path / "d.jsonl", dict(prompt=CHAT, response=ANSWER)), tokenizer)
+    # a prompt that ends with <think> takes it from the answer, or it would stand there twice
+    both = tokenizer.decode(r.prompt_ids + r.response_ids)
+    assert both.count("<think>") == 1 and both.endswith(ANSWER + end)
+    assert r.response_ids.count(tokenizer.eos_token_id) == 1
     chat = [*CHAT, dict(role="assistant", content="2")]
     turn = tokenizer.apply_chat_template(chat, tokenize=False)
     assert turn.rstrip("\n").endswith("2" + end)
-
-
-# --------------------------------------------------------------------------------------- the loss
 
 
 def make_batch(size):
@@ -169,7 +134,7 @@ def measure(size, budget=200):
                 fillers=sum(not r.weight for m in micros for r in m))
 
 
-@pytest.mark.parametrize("budget, counts", [(10**6, 1), (200, 3), (1, 9)])
+@pytest.mark.parametrize("budget, counts", [(10**6, 1), (200, 3)])
 def test_loss_is_the_cross_entropy_of_labels_masked_by_hand(alone, budget, counts):
     batch, got = make_batch(9), measure(9, budget)
     assert got["micros"] == counts
@@ -188,19 +153,10 @@ def test_loss_is_the_cross_entropy_of_labels_masked_by_hand(alone, budget, count
     assert_same_gradient(got["gradient"], {name: p.grad for name, p in model.named_parameters()})
 
 
-@pytest.mark.parametrize("size", [24, 1])  # with one example the second rank has but a filler
-def test_two_ranks_give_the_gradient_of_one(tmp_path, alone, size):
-    one, two = measure(size), on_ranks(2, tmp_path, measure, size)
-    assert two[0]["micros"] == two[1]["micros"] == (one["micros"] + 1) // 2
-    assert sum(r["fillers"] for r in two) == one["micros"] % 2
-    assert size > 1 or two[1]["fillers"] == 1
-    for r in two:
-        assert r["loss"] == pytest.approx(one["loss"], rel=1e-5) and one["loss"] > 0
-        assert r["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
-    assert_same_gradient(two[0]["gradient"] | two[1]["gradient"], one["gradient"])
-
-
-# --------------------------------------------------------------------------------------- training
+def test_two_ranks_give_the_gradient_of_one(tmp_path, alone):
+    one, two = measure(25), on_ranks(2, tmp_path, measure, 25)
+    assert one["micros"] == 7
+    assert_same_on_two_ranks(one, two)
 
 
 def rates(steps, ratio, lr=1e-5):
@@ -209,43 +165,23 @@ def rates(steps, ratio, lr=1e-5):
 
 
 def test_learning_rate_warms_up_linearly_and_falls_in_a_cosine_to_0():
-    got = rates(75, 0.1)  # the default's 800 examples
-    assert got[:8] == pytest.approx([1e-5 * step / 8 for step in range(1, 9)])
-    assert max(got) == got[7] == 1e-5
-    falling = [a - b for a, b in itertools.pairwise(got[7:])]
-    assert min(falling) > 0 and falling.index(max(falling)) == pytest.approx(33, abs=1)
-    assert 0 < got[-1] < 1e-3 * 1e-5
-    assert (got[40] + got[41]) / 2 == pytest.approx(5e-6, rel=0.05)  # half way down at half time
-
-
-@pytest.mark.parametrize("steps", [1, 2, 3, 10, 75])
-@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.5, 0.99, 1.0])
-def test_every_update_has_a_rate(steps, ratio):
-    got = rates(steps, ratio)
-    assert all(0 < rate <= 1e-5 for rate in got)
-    if ratio == 1:
-        assert got == pytest.approx([1e-5 * step / steps for step in range(1, steps + 1)])
-    if ratio == 0:
-        assert got == sorted(got, reverse=True)
+    cosine = [1e-5 * (1 + math.cos(math.pi * step / 68)) / 2 for step in range(1, 68)]
+    assert rates(75, 0.1) == pytest.approx([1e-5 * step / 8 for step in range(1, 9)] + cosine)
+    for steps, ratio in ((1, 0.0), (1, 1.0), (3, 0.99), (3, 1.0)):
+        assert all(0 < rate <= 1e-5 for rate in rates(steps, ratio))
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """run(folder, *flags): main() on ten examples, nine steps; what update() was given in each.
+    """run(folder): main() on ten examples, nine steps; what update() was given in each.
 
     Before step `die_at` it dies.
     """
-    real = sft_distill.update
-    words = "seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
-    data = write(tmp_path / "d.jsonl", *(dict(prompt=f"{i} + 3?", response=f"Wait. {word} {i + 3}")
-                                         for i, word in enumerate(words)))
+    real, environment = sft_distill.update, dict(os.environ)
+    data = write(tmp_path / "d.jsonl", *(
+        dict(prompt=f"{i} + 3?", response=f"Wait. {i + 3}") for i in range(10)))
 
-    def clear():
-        """main() leaves in the environment that it is alone."""
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-            os.environ.pop(name, None)
-
-    def run(folder, *flags, die_at=None):
+    def run(folder, die_at=None):
         seen = []
 
         def update(ddp, optimizer, batch, lr):
@@ -255,46 +191,31 @@ def run(tmp_path, monkeypatch):
             seen.append(([e.text for e in batch], lr))
             return real(ddp, optimizer, batch, lr)
         monkeypatch.setattr(sft_distill, "update", update)
-        clear()
+        monkeypatch.setattr(os, "environ", dict(environment))  # main() says there that it is alone
         monkeypatch.setattr(sys, "argv", [str(a) for a in (
             "sft_distill.py", "--model", ROOT / "toy/model", "--data", data, "--epochs", 3,
             "--batch_size", 4, "--lr", "1e-3", "--save_every", 4, "--max_response_tokens", 64,
-            "--run_dir", tmp_path / folder, *flags)])
+            "--run_dir", tmp_path / folder)])
         sft_distill.main()
         return seen
-    yield run
-    clear()
+    return run
 
 
-def test_training_goes_through_all_examples_each_epoch(tmp_path, run):
-    batches, given = zip(*run("d"))
+def test_a_run_trains_on_all_examples_each_epoch_and_resumes(tmp_path, run, capsys):
+    batches, given = zip(*run("whole"))
     assert [len(batch) for batch in batches] == [4, 4, 2] * 3
     epochs = [sum(batches[i : i + 3], []) for i in (0, 3, 6)]
     assert all(len(set(epoch)) == 10 for epoch in epochs) and epochs[0] != epochs[1]
-    assert list(given) == rates(9, 0.1, 1e-3)
-    metrics = lines(tmp_path / "d/metrics.jsonl")
+    metrics = lines(tmp_path / "whole/metrics.jsonl")
     assert [m["step"] for m in metrics] == list(range(1, 10))
-    assert tuple(m["lr"] for m in metrics) == given
+    assert [m["lr"] for m in metrics] == list(given) == rates(9, 0.1, 1e-3)
     for m in metrics:
         assert m["updates"] == 1 and m["skipped"] == 0 and m["epistemic"] == 1  # a wait each
-        assert m["length"] > 3 and m["seconds"]["update"] > 0 and 0.1 < m["peak_memory_gb"] < 50
-    first, final = (sum(m["loss"] * m["trained_tokens"] for m in part) / sum(
-        m["trained_tokens"] for m in part) for part in (metrics[:3], metrics[-3:]))
+    first, final = (sum(m["loss"] for m in part) for part in (metrics[:3], metrics[-3:]))
     assert final < 0.9 * first  # the very same examples: it learns
-    folders = sorted((tmp_path / "d/checkpoints").iterdir())
+    folders = sorted((tmp_path / "whole/checkpoints").iterdir())
     assert [p.name for p in folders] == ["step_4", "step_8", "step_9"]
-    (config,) = lines(tmp_path / "d/config.json")
-    assert (config["script"], config["epochs"]) == ("sft_distill.py", 3)
 
-
-def test_recomputing_layers_changes_no_bit(tmp_path, run):
-    run("with")
-    run("without", "--no-recompute_layers")
-    assert kill.outcome(tmp_path / "with", 9) == kill.outcome(tmp_path / "without", 9)
-
-
-def test_the_same_command_resumes(tmp_path, run, capsys):
-    run("whole")
     with pytest.raises(RuntimeError, match="it dies"):
         run("d", die_at=7)
     assert [m["step"] for m in lines(tmp_path / "d/metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
@@ -303,39 +224,22 @@ def test_the_same_command_resumes(tmp_path, run, capsys):
     assert kill.outcome(tmp_path / "d", 9) == kill.outcome(tmp_path / "whole", 9)
     assert run("d") == []
     assert "has finished its 9 steps" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as ended:
-        run("d", "--lr", "1e-4")
-    assert ended.value.code == 2 and "--lr was 0.001" in capsys.readouterr().err
     with (tmp_path / "d.jsonl").open("a") as data:  # more of it would be other batches
         data.write(GOOD + "\n")
-    with pytest.raises(SystemExit) as ended:
-        run("d")
-    assert ended.value.code == 2 and "--examples was 10" in capsys.readouterr().err
-    assert kill.outcome(tmp_path / "d", 9) == kill.outcome(tmp_path / "whole", 9)
+    assert "--examples was 10" in refusal(run, "d")
 
 
-# ---------------------------------------------------------------------------------------- command
-
-
-def test_defaults_are_what_the_docstring_says():
+def test_defaults():
     args = sft_distill.make_parser().parse_args(["--model", "x", "--data", "y"])
-    said = dict(epochs=3, batch_size=32, lr=1e-5, warmup_ratio=0.1)
-    assert {name: getattr(args, name) for name in said} == said
-    assert "3 epochs, 32 examples a step (75 steps), AdamW at 1e-5" in sft_distill.__doc__
+    assert (args.epochs, args.batch_size, args.lr, args.warmup_ratio) == (3, 32, 1e-5, 0.1)
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--warmup_ratio", "1.5"], "--warmup_ratio: 1.5 does not lie between 0 and 1"),
-    (["--warmup_ratio=-0.1"], "--warmup_ratio: -0.1"), (["--lr", "nan"], "--lr: nan"),
-    (["--batch_size", "0"], "--batch_size: 0"),
-    (["--data", "broken.jsonl"], "broken.jsonl, line 2"),
-    (["--data", "no/such.jsonl"], "no/such.jsonl"),
     (["--max_response_tokens", "9999"], "positions"),
+    (["--data", "no/such.jsonl"], "no/such.jsonl"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, flags, said):
-    row = dict(prompt="1+1?", response="\\boxed{2}")
-    write(tmp_path / "d.jsonl", row)
-    (tmp_path / "broken.jsonl").write_text(json.dumps(row) + "\n{not json\n")
+    write(tmp_path / "d.jsonl", dict(prompt="1+1?", response="\\boxed{2}"))
     monkeypatch.chdir(tmp_path)
     assert said in refusal_of_main(sft_distill, monkeypatch, [
         "--model", ROOT / "toy/model", "--data", "d.jsonl",

@@ -1,8 +1,6 @@
-"""token_kl.py: a KL worked out by hand, which answers it reads, what it refuses. No vLLM."""
+"""token_kl.py: the KL of each token, which answers it reads, what it refuses. No vLLM."""
 import json
-import math
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +8,6 @@ import torch
 import sdpo
 import token_kl
 from common import ROOT, lines, refusal, toy
-
-STUDENT, TEACHER = [0.7, 0.2, 0.1], [0.25, 0.25, 0.5]
 
 
 def record(response, correct=1.0, finished=True):
@@ -26,18 +22,6 @@ def write_round(folder, *groups):
     return folder
 
 
-def test_kl_by_hand(monkeypatch):
-    """Of three tokens, at 700 places, in two chunks: .7 log(.7 / .25) + .2 log(.2 / .25) + ..."""
-    hidden = {"s": torch.tensor([STUDENT] * 700).log(), "t": torch.tensor([TEACHER] * 700).log()}
-    monkeypatch.setattr(sdpo, "response_hidden", lambda model, prompts, _: hidden[prompts[0]])
-    model = SimpleNamespace(get_output_embeddings=lambda: lambda h: h + 5)  # logits are no log p
-    kl = token_kl.token_kl(model, "s", "t", None)
-    by_hand = 0.7 * math.log(2.8) + 0.2 * math.log(0.8) + 0.1 * math.log(0.2)
-    assert kl.shape == (700,)
-    torch.testing.assert_close(kl, torch.full((700,), by_hand))
-    assert token_kl.token_kl(model, "t", "t", None).abs().max() < 1e-6
-
-
 def test_c_is_the_first_correct_answer_but_y(tmp_path):
     group = [record("a", correct=0.0), record("b", finished=False), record("c"), record("d")]
     folder = write_round(tmp_path / "rounds", group, [], [record("e"), record("f", correct=0.0)])
@@ -46,7 +30,8 @@ def test_c_is_the_first_correct_answer_but_y(tmp_path):
 
 
 def test_the_whole_on_the_toy(tmp_path, monkeypatch, tokenizer):
-    """Against all logits at once."""
+    """Against all logits at once, in float64."""
+    monkeypatch.setattr(sdpo, "CHUNK", 5)
     y, c = "<think>\n3? Perhaps: no.\n</think>\n\n4", "<think>\n4? yes.\n</think>\n\n\\boxed{4}"
     folder, out = write_round(tmp_path / "rounds", [record(y, 0.0), record(c)]), tmp_path / "o/kl"
     argv = ["token_kl.py", folder, "--model", ROOT / "toy/model", "--out", out]
@@ -72,18 +57,12 @@ def test_the_whole_on_the_toy(tmp_path, monkeypatch, tokenizer):
 @pytest.mark.parametrize("text, said", [
     (None, "no round_*.jsonl"),
     ("{}", "round_0000.jsonl, line 1: no question with answers"),
-    ("not json", "round_0000.jsonl, line 1: no question with answers"),
     (json.dumps(dict(messages=[], contexts=dict(unguided=[record("a")]))), "no round_*.jsonl"),
+    (json.dumps(dict(messages=[], contexts=dict(unguided=[record("a"), record("b")]))), "no/such"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, text, said):
     if text:
         (tmp_path / "round_0000.jsonl").write_text(text)
-    monkeypatch.setattr(sys, "argv", ["token_kl.py", str(tmp_path), "--model", "m",
+    monkeypatch.setattr(sys, "argv", ["token_kl.py", str(tmp_path), "--model", "no/such/folder",
                                       "--out", str(tmp_path / "out.json")])
     assert said in refusal(token_kl.main) and not (tmp_path / "out.json").exists()
-
-
-def test_no_such_model(tmp_path, monkeypatch):
-    folder = write_round(tmp_path / "rounds", [record("a"), record("b")])
-    monkeypatch.setattr(sys, "argv", ["token_kl.py", str(folder), "--model", "no/such/folder"])
-    assert "no/such/folder" in refusal(token_kl.main)
