@@ -4,14 +4,20 @@ import functools
 import io
 import json
 import multiprocessing
+import os
 import re
+import runpy
+import socket
 import sys
+import time
 import uuid
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+
+import kill
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "toy/data"
@@ -20,8 +26,8 @@ needs_tokenizers = pytest.mark.skipif(
     not TOKENIZERS.exists(), reason="needs the real tokenizers beside the project")
 # Ranks come from a server that has imported once: torch forbids backward in forks of this process.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch", "torch.distributed.checkpoint",
-                              "transformers.models.qwen3.modeling_qwen3"])
+PRELOADED = ["torch", "torch.distributed.checkpoint", "transformers.models.qwen3.modeling_qwen3"]
+FORKS.set_forkserver_preload(PRELOADED)
 
 
 def lines(path):
@@ -85,7 +91,53 @@ def be_rank(rank, world_size, meet, job, args):
     dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=world_size)
     # a job's DDP goes before the group: else it holds Python and waits for gloo, which waits for it
     torch.save(job(*args), f"{meet}_{rank}.pt")
-    dist.destroy_process_group()
+    if dist.is_initialized():  # vLLM's shutdown ends it, too
+        dist.destroy_process_group()
+
+
+class Job:
+    """A script on so many ranks, each a fork of what has imported vLLM: that takes 10 s of CPU."""
+
+    def __init__(self, log, script, ranks, *argv):
+        self.log, self.processes = log, []
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            meet = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=free.getsockname()[1])
+        for rank in range(ranks):
+            env = dict(meet, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks) if ranks > 1 else {}
+            process = FORKS.Process(target=play, args=(log, script, list(map(str, argv)), env))
+            process.start()
+            self.processes.append(process)
+
+    def wait_for(self, condition):
+        """Until the condition holds, or a process has ended."""
+        while not condition() and all(process.is_alive() for process in self.processes):
+            time.sleep(0.05)
+
+    def kill(self):
+        """SIGKILL for all of them and what they have started."""
+        kill.kill([pid for process in self.processes for pid in kill.family(process.pid)])
+
+    def end(self):
+        """What it says up to its end, which has to come with exit code 0."""
+        try:
+            for process in self.processes:
+                process.join(timeout=600)
+        finally:
+            self.kill()
+        said = self.log.read_text()
+        assert [process.exitcode for process in self.processes] == [0] * len(self.processes), said
+        return said
+
+
+def play(log, script, argv, env):
+    os.chdir(ROOT)
+    os.environ.update({name: str(value) for name, value in env.items()})
+    said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    sys.argv = [script, *argv]
+    runpy.run_path(script, run_name="__main__")
 
 
 def assert_same_gradient(got, wanted, tolerance=2e-5):

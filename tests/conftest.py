@@ -9,11 +9,20 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: for matrices as small as the toy's the quickest
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: it reads it once
+os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "vllm: starts vLLM; `make quick` leaves it out")
     config.addinivalue_line("markers", "slow: thousands of answers graded; so does it these")
+
+
+def pytest_collection_finish(session):
+    """Forks come with vLLM where a test needs it."""
+    if any(item.get_closest_marker("vllm") for item in session.items):
+        from common import FORKS, PRELOADED
+        FORKS.set_forkserver_preload([*PRELOADED, "vllm.entrypoints.openai.api_server",
+                                      "vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker"])
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
-"""The real scripts, with real vLLM, on the toy. Each run is processes of its own, as a user's is.
+"""The real scripts, with real vLLM, on the toy, in processes of their own. Those that are killed in
+every phase: tests/kill.py.
 
-vLLM takes 15 s to start, so that a run is shared: the first tests of it look at what it left, and
-later runs go on from there.
+vLLM takes its time to start, so that a run is shared: the first tests of it look at what it left,
+and later runs go on from there.
 """
 import contextlib
 import json
@@ -21,33 +22,26 @@ import epistemic
 import evaluate
 import kill
 import sdpo
-from common import DATA, ROOT, few, lines, toy
+from common import DATA, ROOT, Job, few, lines, on_ranks, tokenizer_of, toy
 
 pytestmark = pytest.mark.vllm
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-ENV = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=f"{ROOT}:{ROOT}/tests")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
-def start(script, ranks, *argv):
-    command = [*TORCHRUN, ranks] if ranks > 1 else [sys.executable]
-    return subprocess.Popen([str(c) for c in (*command, script, *argv)], cwd=ROOT, env=ENV,
-                            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def torchrun(before, *argv, **env):
+    return subprocess.Popen([*before, *TORCHRUN, *map(str, argv)], cwd=ROOT, text=True,
+                            env=dict(os.environ, **env), stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT)
 
 
 def end(job, code=0):
-    """What the job says up to its end, which has to come with this exit code."""
+    """What torchrun says up to its end, which has to come with this exit code."""
     try:
         said, _ = job.communicate(timeout=600)
     finally:
         kill.kill_family(job.pid)
     assert job.returncode == code, said[-4000:]
     return said
-
-
-def wait_for(condition, job):
-    """Until the condition holds, or the job has ended."""
-    while job.poll() is None and not condition():
-        time.sleep(0.05)
 
 
 def process_of(job, script, rank):
@@ -63,25 +57,36 @@ def newest(run_dir):
     return sdpo.resumable(run_dir)[-1]
 
 
-# -------------------------------------------------- SDPO: two ranks, untouched and killed, 3 steps
+# ------------------------------------------------------ SDPO: two ranks, killed and started again
 
 
 @pytest.fixture(scope="session")
-def compared(tmp_path_factory):
-    """(folder with an untouched run and a killed one, what kill.py says of them)."""
+def killed(tmp_path_factory):
+    """(run's folder, its step 2 before SIGKILL and as done again, what the second start said)."""
     folder = tmp_path_factory.mktemp("sdpo")
-    return folder, kill.compare(folder, "sdpo.py", ranks=2, kills=1, steps=3, seed=5)
+    run = folder / "run"
+    argv = [*kill.arguments("sdpo.py", 3, folder), "--run_dir", run]
+    job = Job(folder / "log", "sdpo.py", 2, *argv)
+    saved = run / "checkpoints/step_2"
+    job.wait_for(saved.exists)
+    job.kill()
+    first = kill.outcome(run, 2)
+    saved.rename(saved.with_suffix(".part"))  # as it is when SIGKILL comes a moment earlier
+    said = Job(folder / "log_again", "sdpo.py", 2, *argv).end()
+    return run, first, kill.outcome(run, 2), said
 
 
 @pytest.fixture(scope="session")
-def trained(compared):
-    return compared[0] / "whole/run"
+def trained(killed):
+    return killed[0]
 
 
-def test_a_killed_run_ends_as_an_untouched_one(compared):
-    folder, (hit, metrics, weights) = compared
-    assert metrics and weights and sum(hit.values()) == 1
-    assert "resumes after step 1" in (folder / "killed/phase.log").read_text()
+def test_a_killed_run_does_its_step_again_bit_for_bit(killed):
+    run, (metrics, weights), again, said = killed
+    assert (metrics[:2], weights) == (again[0][:2], again[1])
+    assert f"{run} resumes after step 1" in said and "step 1/3" not in said
+    assert said.count("step 3/3  score") == 1  # from the first rank alone
+    assert said.count("  eval few  score") == 3 and "error" not in said and "Traceback" not in said
 
 
 def test_run_folder(trained):
@@ -97,39 +102,18 @@ def test_run_folder(trained):
         assert m["mismatch"] < 1e-4 and 0 < m["mismatch_max"] < 1e-2
         assert list(m["seconds"]) == ["rollout", "update"]
         assert 0.1 < m["peak_memory_gb"] < 50 and m["tokens_per_second"] > 0
+        # a group of four a question, of both ranks
+        rows = [r["row"] for r in lines(trained / f"rollouts/step_{m['step']}.jsonl")]
+        assert rows == sorted([*range(4)] * 4)
     assert sorted(p.name for p in (trained / "eval").iterdir()) == [
         f"step_{n}.{suffix}" for n in (0, 1, 2, 3) for suffix in ("json", "jsonl")]
     answers, (summary,) = lines(trained / "eval/step_3.jsonl"), lines(trained / "eval/step_3.json")
     assert [a["index"] for a in answers] == [0, 1, 2, 3] and summary["few"] == epistemic.averages(
         answers)
-    for step in (1, 2, 3):  # a group of four a question, of both ranks
-        rows = [r["row"] for r in lines(trained / f"rollouts/step_{step}.jsonl")]
-        assert rows == sorted([*range(4)] * 4)
-
-
-def test_what_it_prints(trained):
-    said = (trained.parent / "phase.log").read_text()
-    assert said.count("step 3/3  score") == 1  # from the first rank alone
-    assert said.count("  eval few  score") == 4 and "error" not in said and "Traceback" not in said
-
-
-def test_checkpoints(trained):
-    """An ordinary folder each; all weights have moved; the state of the two newest is there."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    folders = sorted((trained / "checkpoints").iterdir())
-    assert [p.name for p in folders] == ["step_1", "step_2", "step_3"]
-    assert [(p / "trainer_state").exists() for p in folders] == [False, True, True]
-    before = toy()
-    for folder in folders:
-        model = AutoModelForCausalLM.from_pretrained(folder)
-        assert model.dtype == torch.float32
-        assert not any(map(torch.equal, model.parameters(), before.parameters()))
-        assert AutoTokenizer.from_pretrained(folder).chat_template
-        before = model
 
 
 def test_the_teacher_is_the_moving_average(trained, tmp_path):
-    """--ema 0.05, once a step; of both ranks together, each weight's."""
+    """--ema 0.05, once a step; of both ranks together, each weight's. All weights have moved."""
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
     states = []
     for step in (2, 3):
@@ -140,30 +124,57 @@ def test_the_teacher_is_the_moving_average(trained, tmp_path):
         average, master = after[f"{name}.average"], after[f"{name}.master"]
         assert torch.equal(average, before[f"{name}.average"].lerp(master, 0.05))
         assert not torch.equal(average, master)
+        assert not torch.equal(master, before[f"{name}.master"])
 
 
-# ----------------------------------- GRPO: to its end on one rank, on two, and on two machines
+# -------------------------------------------------- GRPO: to its end on one rank, on two machines
 
 
-@pytest.fixture(scope="session")
-def rewarded(tmp_path_factory):
-    """(run's folder, its command, what two ranks said when --steps had grown)."""
-    folder = tmp_path_factory.mktemp("grpo")
-    command = ["grpo.py", "--model", "toy/model", "--data", DATA / "ood.jsonl", "--num_questions",
-               2, "--eval_data", few(DATA / "ood.jsonl", 1, folder), "--questions_per_step", 4,
+@pytest.fixture
+def machines():
+    """[(what to put before its command, address, interface)] of two machines: network namespaces
+    joined by a cable, from which nothing else can be reached; without the right to them, this one.
+    """
+    names = ("selfdistill-a", "selfdistill-b")
+
+    def ip(*words):
+        return subprocess.run(["ip", *words], check=True, capture_output=True)
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", "eth0", "netns", names[0], "type", "veth", "peer", "name", "eth0",
+           "netns", names[1])
+        for i, name in enumerate(names, 1):
+            ip("-n", name, "addr", "add", f"10.77.0.{i}/24", "dev", "eth0")
+            ip("-n", name, "link", "set", "eth0", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield [(["ip", "netns", "exec", name], "10.77.0.1", "eth0") for name in names]
+    except (OSError, subprocess.CalledProcessError):
+        yield [([], "127.0.0.1", "lo")] * 2
+    finally:
+        with contextlib.suppress(OSError):
+            for name in names:
+                subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def test_grpo_ends_on_one_rank_and_goes_on_with_two_machines(tmp_path, machines):
+    run = tmp_path / "run"
+    command = ["--model", "toy/model", "--data", DATA / "ood.jsonl", "--num_questions", 2,
+               "--eval_data", few(DATA / "ood.jsonl", 1, tmp_path), "--questions_per_step", 4,
                "--minibatch_questions", 2, "--rollouts", 8, "--max_response_tokens", 300, "--lr",
                "1e-4", "--warmup_steps", 1, "--save_every", 100, "--tokens_per_micro_batch", 2000,
-               "--run_dir", folder / "run", "--steps"]
-    end(start(command[0], 1, *command[1:], 2))
-    return folder / "run", command, end(start(command[0], 2, *command[1:], 3))
-
-
-def test_grpo_resumes_on_another_number_of_ranks(rewarded):
-    run, command, said = rewarded
-    assert f"{run} resumes after step 2" in said and "step 3/3  score" in said
-    assert "Traceback" not in said and newest(run) >= 3
+               "--run_dir", run, "--steps"]
+    Job(tmp_path / "log", "grpo.py", 1, *command, 2).end()
+    jobs = [torchrun(before, "--nnodes", 2, "--nproc_per_node", 1, "--master_addr", address,
+                     "--master_port", 29400, "--node_rank", i, "grpo.py", *command, 3,
+                     GLOO_SOCKET_IFNAME=interface)
+            for i, (before, address, interface) in enumerate(machines)]
+    first, second = (end(job) for job in jobs)
+    assert f"{run} resumes after step 2" in first and "step 3/3  score" in first
+    assert "Traceback" not in first + second and "step" not in second
     metrics = lines(run / "metrics.jsonl")
-    assert [m["step"] for m in metrics][:3] == [1, 2, 3] and any(m["trained"] for m in metrics)
+    assert [m["step"] for m in metrics] == [1, 2, 3] and any(m["trained"] for m in metrics)
+    assert newest(run) == 3 and (run / "eval/step_3.json").exists()
     for m in metrics:
         assert m["mismatch"] < 1e-4 and m["mismatch_max"] < 1e-2 and m["skipped"] == 0
         assert (m["updates"] > 0) == (m["trained"] > 0) == (m["grad_norm"] > 0)
@@ -171,81 +182,29 @@ def test_grpo_resumes_on_another_number_of_ranks(rewarded):
         assert rows == sorted([*range(4)] * 8)  # two questions fill a batch of four
 
 
-NODES = ("selfdistill-a", "selfdistill-b")
-
-
-@pytest.fixture
-def nodes():
-    """Names of two network namespaces joined by a cable, which stand for two machines.
-
-    They are 10.77.0.1 and 10.77.0.2; nothing else can be reached from either.
-    """
-    def ip(*words):
-        return subprocess.run(["ip", *words], check=True, capture_output=True)
-    try:
-        for name in NODES:
-            ip("netns", "add", name)
-        ip("link", "add", "eth0", "netns", NODES[0], "type", "veth", "peer", "name", "eth0",
-           "netns", NODES[1])
-        for i, name in enumerate(NODES, 1):
-            ip("-n", name, "addr", "add", f"10.77.0.{i}/24", "dev", "eth0")
-            ip("-n", name, "link", "set", "eth0", "up")
-            ip("-n", name, "link", "set", "lo", "up")
-    except (OSError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", b"").decode().strip() or error
-        pytest.skip(f"no network namespaces here ({said})")
-    else:
-        yield NODES
-    finally:
-        for name in NODES:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True)
-
-
-def test_two_machines_continue_it(rewarded, nodes):
-    run, script, _ = rewarded
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node",
-               "1", "--master_addr", "10.77.0.1", "--master_port", "29400", "--node_rank"]
-    jobs = [subprocess.Popen(
-        ["ip", "netns", "exec", name, *command, str(i), *map(str, script), "4"], cwd=ROOT,
-        text=True, env=dict(ENV, GLOO_SOCKET_IFNAME="eth0"), stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT) for i, name in enumerate(nodes)]
-    first, second = (end(job) for job in jobs)
-    assert "resumes after step 3" in first and "step 4/4  score" in first and "step" not in second
-    metrics = lines(run / "metrics.jsonl")
-    assert [m["step"] for m in metrics] == [1, 2, 3, 4] and metrics[-1]["mismatch"] < 1e-4
-    rows = [r["row"] for r in lines(run / "rollouts/step_4.jsonl")]
-    assert rows == sorted([*range(4)] * 8)  # of both machines
-    assert newest(run) == 4 and (run / "eval/step_4.json").exists()
-
-
-# ------ the five contexts on two ranks, killed once; SFT on their answers; evaluation and tables
+# ----- the five contexts, killed, then on two ranks; SFT on their answers; evaluation and tables
 
 
 @pytest.fixture(scope="session")
 def studied(tmp_path_factory):
-    """(out, its first round's file as it was when all were killed, what the second start said)."""
+    """(out, when its first round's file was written, that time at the end, what was said then)."""
     folder = tmp_path_factory.mktemp("conditions")
     out = folder / "out"
     argv = ["--model", "toy/model", "--data", few(DATA / "ood.jsonl", 24, folder), "--samples", 4,
             "--accuracy", 0.25, 0.75, "--num_questions", 3, "--sft_examples", 1000,
             "--questions_per_round", 12, "--max_response_tokens", 400, "--out", out]
-    job = start("generate_conditions.py", 2, *argv)
+    job = Job(folder / "log", "generate_conditions.py", 1, *argv)
     first = out / "rounds/round_0000.jsonl"
-    wait_for(first.exists, job)
-    kill.kill_family(job.pid)
-    job.communicate()
+    job.wait_for(first.exists)
+    job.kill()
     before = first.stat().st_mtime_ns
-    return out, before, end(start("generate_conditions.py", 2, *argv))
-
-
-def test_conditions_go_on_after_the_round_that_was_finished(studied):
-    out, before, said = studied
-    assert (out / "rounds/round_0000.jsonl").stat().st_mtime_ns == before
-    assert "round 0:" not in said and "round 1:" in said
+    said = Job(folder / "log_again", "generate_conditions.py", 2, *argv).end()
+    return out, before, first.stat().st_mtime_ns, said
 
 
 def test_conditions(studied):
-    out, _, said = studied
+    out, before, after, said = studied
+    assert before == after and "round 0:" not in said and "round 1:" in said
     assert "(4) regenerated" in said and "ends after 24 questions" in said
     assert "Traceback" not in said
     (summary,) = lines(out / "summary.json")
@@ -269,57 +228,46 @@ def test_conditions(studied):
 
 @pytest.fixture(scope="session")
 def distilled(studied, tmp_path_factory):
-    """(folder of both runs, what d_ug's said on two ranks until one died, what one then said)."""
-    folder = tmp_path_factory.mktemp("sft")
-
-    def train(name, ranks, *flags):
-        return start("sft_distill.py", ranks, "--model", "toy/model", "--data",
-                     studied[0] / f"{name}.jsonl", "--max_response_tokens", 400, "--batch_size", 8,
-                     "--epochs", 2, "--lr", "1e-4", "--tokens_per_micro_batch", 2000,
-                     "--save_every", 1, "--run_dir", folder / name, *flags)
-    job = train("d_ug", 2)
-    wait_for((folder / "d_ug/checkpoints/step_1").exists, job)
+    """(run's folder, what was said on two ranks until one died, what one then said)."""
+    run = tmp_path_factory.mktemp("sft") / "d_sg"
+    argv = ["--model", "toy/model", "--data", studied[0] / "d_sg.jsonl", "--max_response_tokens",
+            400, "--batch_size", 8, "--epochs", 2, "--lr", "1e-3", "--tokens_per_micro_batch", 2000,
+            "--save_every", 1, "--run_dir", run]
+    job = torchrun([], "--standalone", "--nproc_per_node", 2, "sft_distill.py", *argv)
+    while job.poll() is None and not (run / "checkpoints/step_1").exists():
+        time.sleep(0.05)
     os.kill(process_of(job, "sft_distill.py", 1), signal.SIGKILL)
     said = end(job, code=1)
-    return folder, said, end(train("d_ug", 1)) + end(train("d_sg", 1))
+    return run, said, Job(run.parent / "log", "sft_distill.py", 1, *argv).end()
 
 
 def test_sft_on_two_ranks_ends_when_one_dies_and_resumes_with_one(distilled):
-    folder, died, said = distilled
-    assert "Signal 9 (SIGKILL)" in died and "d_ug resumes after step" in said
+    run, died, said = distilled
+    assert "Signal 9 (SIGKILL)" in died and f"{run} resumes after step" in said
     assert "Traceback" not in said
-    for name in ("d_ug", "d_sg"):
-        metrics = lines(folder / name / "metrics.jsonl")
-        assert [m["step"] for m in metrics] == list(range(1, len(metrics) + 1))
-        assert all(m["loss"] > 0 and m["grad_norm"] > 0 for m in metrics)
-        assert newest(folder / name) == len(metrics)
+    metrics = lines(run / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == list(range(1, len(metrics) + 1))
+    assert all(m["loss"] > 0 and m["grad_norm"] > 0 for m in metrics)
+    assert newest(run) == len(metrics)
 
 
 @pytest.fixture(scope="session")
 def evaluated(distilled, tmp_path_factory):
-    """(out, its models, what it printed): three models, two benchmarks; of two results that were
-    there before, one has been cut."""
-    folder, out = tmp_path_factory.mktemp("evaluate"), distilled[0] / "eval"
-    tuned = {name: newest(distilled[0] / name) for name in ("d_ug", "d_sg")}
-    checkpoints = [distilled[0] / f"{name}/checkpoints/step_{n}" for name, n in tuned.items()]
+    """(out, the trained model's name there, what was printed): two models, two benchmarks."""
+    run, folder = distilled[0], tmp_path_factory.mktemp("evaluate")
+    out, step = run / "eval", newest(run)
     sets = [few(DATA / "in.jsonl", 6, folder).rename(folder / "few.jsonl"),  # named as SDPO's is
             few(DATA / "ood.jsonl", 6, folder)]
-    argv = ["--samples", 2, "--max_response_tokens", 150, "--out", out, "--data", *sets, "--model",
-            "toy/model"]
-    end(start("evaluate.py", 1, *argv))
-    with open(out / "model/few_ood.jsonl", "a") as file:
-        file.write('{"index": ')  # not whole any more
-    before = (out / "model/few.jsonl").stat().st_mtime_ns
-    said = end(start("evaluate.py", 2, *argv, *checkpoints))
-    assert (out / "model/few.jsonl").stat().st_mtime_ns == before
-    assert said.count("evaluated again") == 1 and "model/few_ood.jsonl is of other" in said
-    return out, [f"{name}/step_{n}" for name, n in tuned.items()], said
+    job = Job(folder / "log", "evaluate.py", 2, "--samples", 2, "--max_response_tokens", 150,
+              "--out", out, "--data", *sets, "--model", "toy/model",
+              run / f"checkpoints/step_{step}")
+    return out, f"d_sg/step_{step}", job.end()
 
 
 def test_evaluation(evaluated):
     out, tuned, said = evaluated
     (summary,) = lines(out / "summary.json")
-    assert list(summary["models"]) == ["model", *tuned]  # checkpoints after what they began with
+    assert list(summary["models"]) == ["model", tuned] and "Traceback" not in said
     for name, rows in summary["models"].items():
         assert list(rows) == ["few", "few_ood"]
         for benchmark, row in rows.items():
@@ -327,37 +275,27 @@ def test_evaluation(evaluated):
             assert [r["index"] for r in records] == [i for i in range(6) for _ in range(2)]
             assert row == json.loads(json.dumps(evaluate.summarise(records, 2)))
             assert f"{row['score']:.3f}" in said
-    # other weights, the same seed: the engine has every model's
-    answers = [(out / name / "few_ood.jsonl").read_text() for name in summary["models"]]
-    assert len(set(answers)) == 3 and "Traceback" not in said
-    table = subprocess.run([sys.executable, "epistemic.py", out / "model/few_ood.jsonl"], cwd=ROOT,
-                           check=True, capture_output=True, text=True).stdout
-    assert f"{summary['models']['model']['few_ood']['epistemic']:.2f}" in table
+    # other weights, the same seed: the engine has each model's
+    answers = [(out / name / "few_ood.jsonl").read_text() for name in ("model", tuned)]
+    assert answers[0] != answers[1]
 
 
 def test_report(trained, studied, evaluated, tmp_path):
     """Tables and picture from the files of runs; two folders give means and deviations."""
+    out, tuned, _ = evaluated
     for seed in ("seed_0", "seed_1"):
         (tmp_path / seed / "sft").mkdir(parents=True)
-        left = {"sdpo": trained, "conditions": studied[0], "sft/eval": evaluated[0]}
-        for name, run in left.items():
+        for name, run in {"sdpo": trained, "conditions": studied[0], "sft/eval": out}.items():
             (tmp_path / seed / name).symlink_to(run)
-
-    def report(*folders):
-        return subprocess.run([sys.executable, "report.py", *folders], cwd=ROOT, check=True,
-                              capture_output=True, text=True).stdout
-    said = report(tmp_path / "seed_0")
+    said = Job(tmp_path / "log", "report.py", 1, tmp_path).end()
     contexts = lines(studied[0] / "summary.json")[0]["contexts"]
     after = lines(trained / "eval/step_3.json")[0]["few"]
-    assert f"{contexts['regenerated']['length']:,.0f}" in said
-    assert f"{after['score']:.3f}" in said and f"{after['epistemic']:.1f}" in said
-    models = lines(evaluated[0] / "summary.json")[0]["models"]
-    tuned = models[evaluated[1][1]]["few"]
+    assert f"{contexts['regenerated']['length']:,.0f}" in said and "2 seeds" in said
+    assert f"{after['score']:.3f} ± 0.000" in said and f"{after['epistemic']:.1f}" in said
+    row = lines(out / "summary.json")[0]["models"][tuned]["few"]
     (line,) = [line for line in said.splitlines() if line.startswith("SFT on d_sg")]
-    assert f"{tuned['score']:.3f}" in line and f"{tuned['length']:,.0f}" in line
-    assert (tmp_path / "seed_0/report.png").read_bytes()[:4] == b"\x89PNG"
-    said = report(tmp_path / "seed_0", tmp_path / "seed_1")
-    assert f"{after['score']:.3f} ± 0.000" in said and "2 seeds" in said
+    assert f"{row['score']:.3f}" in line and f"{row['length']:,.0f}" in line
+    assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
 
 
 # ----------------------------------------- one engine: weights handed over, seeds, tied embeddings
@@ -369,24 +307,25 @@ def drawn_from():
 
 
 def ask_engine(folder, data):
-    """A process: hands a model with tied embeddings to vLLM, asks both, prints what comes of it."""
+    """Hands a model with tied embeddings to vLLM, asks both; {what: what comes of it}."""
     from transformers import AutoModelForCausalLM
-    args = sdpo.make_parser().parse_args(["--model", folder, "--max_response_tokens", "60",
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    args = sdpo.make_parser().parse_args(["--model", str(folder), "--max_response_tokens", "60",
                                           "--temperature", "0.7", "--rollouts", "2"])
-    device = sdpo.start_process_group()
-    path, tokenizer = sdpo.load_tokenizer(folder, 512)
-    llm = sdpo.make_engine(path, 512, args, device)
-    questions = sdpo.read_questions(data, tokenizer, args)
+    path, tokenizer = sdpo.load_tokenizer(str(folder), 512)
+    llm = sdpo.make_engine(path, 512, args, torch.device("cpu"))
+    questions = sdpo.read_questions(str(data), tokenizer, args)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    student, verifier, results = sdpo.Student(model, args), sdpo.Verifier(), {}
+    student, verifier, results = sdpo.Student(model, args), sdpo.Verifier(), dict(asked=[])
 
-    def sample():
-        return sdpo.sample_groups(llm, verifier, tokenizer, questions, 1, args)
+    def sample(step, rank=0):
+        sdpo.dist.get_rank = lambda: rank
+        return sdpo.sample_groups(llm, verifier, tokenizer, questions * (rank + 1), step, args)
 
     def gap():
         """The largest difference between vLLM's and our log-probabilities."""
-        rollouts = sample()
+        rollouts = sample(1)
         sdpo.remember_logprobs(student, [[r] for r in rollouts])
         return max((r.old_logprobs - torch.tensor(r.logprobs)).abs().max().item() for r in rollouts)
     sdpo.sync_weights(llm, model)
@@ -398,58 +337,38 @@ def ask_engine(folder, data):
     sdpo.sync_weights(llm, model)
     results["synced"] = gap()
 
-    asked, generate = [], llm.generate
+    generate = llm.generate
 
     def watched(*args, **how):
-        asked.append(drawn_from())
-        return generate(*args, **how)
+        states = drawn_from()
+        outputs = generate(*args, **how)
+        answers = [(list(o.token_ids), o.logprobs.logprobs) for output in outputs
+                   for o in output.outputs]
+        results["asked"].append([*states, str(answers)])
+        return outputs
     llm.generate = watched
-    results["rollouts"] = []
-    # the same twice, then another seed, another step, another rank
     for seed, step, rank in [(0, 1, 0), (0, 1, 0), (1, 1, 0), (0, 2, 0), (0, 1, 1)]:
         args.seed = seed
-        sdpo.dist.get_rank = lambda: rank
-        batch = sdpo.sample_groups(llm, verifier, tokenizer, questions * (rank + 1), step, args)
-        results["rollouts"].append([[r.response_ids, r.logprobs] for r in batch])
-    results["states"] = asked
-    print("RESULT", json.dumps(results))
+        sample(step, rank)
     verifier.close()
     llm.llm_engine.engine_core.shutdown()
+    return results
 
 
-@pytest.fixture(scope="session")
-def engine(tmp_path_factory):
-    """What ask_engine prints, for a random model of the toy's shape that ties its embeddings."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    folder = tmp_path_factory.mktemp("engine")
+def test_vllm_agrees_after_a_sync_and_repeats_itself(tmp_path):
+    """With tied embeddings, as Qwen3-1.7B has them: on CPU vLLM would keep the old head. And by its
+    seed alone: vLLM draws from torch's global generator, or, by its newer model runner, NumPy's."""
+    from transformers import AutoModelForCausalLM
     torch.manual_seed(0)
     config = toy().config
     config.tie_word_embeddings = True
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(ROOT / "toy/model").save_pretrained(folder)
-    data = few(DATA / "in.jsonl", 8, folder)
-    call = f"import test_end_to_end; test_end_to_end.ask_engine({str(folder)!r}, {str(data)!r})"
-    said = end(subprocess.Popen([sys.executable, "-c", call], cwd=ROOT, env=ENV, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-    return json.loads(said.split("RESULT", 1)[1].splitlines()[0])
-
-
-def test_after_a_sync_vllm_agrees_with_the_trainer(engine):
-    """Tied embeddings as well, as Qwen3-1.7B has them: on CPU vLLM would keep the old head."""
-    assert engine["fresh"] < 1e-4 and engine["synced"] < 1e-4
-    assert engine["stale"] > 1e-2  # what test_sdpo.py's update would stop at
-
-
-def test_rollouts_repeat_bit_for_bit_and_differ_by_seed_step_and_rank(engine):
-    first, again, *others = engine["rollouts"]
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer_of("toy").save_pretrained(tmp_path)
+    (results,) = on_ranks(1, tmp_path, ask_engine, tmp_path, few(DATA / "in.jsonl", 4, tmp_path))
+    assert results["fresh"] < 1e-4 and results["synced"] < 1e-4
+    assert results["stale"] > 1e-2  # what test_sdpo.py's update would stop at
+    # the same twice, bit for bit; then another seed, another step, another rank
+    first, again, *others = results["asked"]
     assert first == again
-    assert all(other != first for other in others)
-    assert len(set(map(str, others))) == 3
-
-
-def test_all_three_global_generators_are_seeded(engine):
-    """vLLM draws from torch's, or, by its newer model runner, from NumPy's."""
-    first, again, *others = engine["states"]
-    assert first == again
-    for i in range(3):
-        assert len({str(states[i]) for states in (first, *others)}) == 4
+    for i in range(4):  # three generators, and the answers
+        assert len({str(asked[i]) for asked in (first, *others)}) == 4

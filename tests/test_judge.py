@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import runpy
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 
 import judge
 import kill
-from common import ROOT, lines
+from common import FORKS, ROOT, lines
 
 KEY = "sk-this-must-stay-unseen"
 TEXTS = ["Wait. Hmm, wait.", "So 4.", "Hmm.", "Hmm."]
@@ -92,11 +93,9 @@ def ask(server, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("said, expected", [
-    ('{ "count": 3, "examples": ["wait", "hmm"] }', (3, ["wait", "hmm"])),
     ('Sure:\n```json\n{"count": 3, "examples": ["wait"]}\n```\nAnything else?', (3, ["wait"])),
-    ('<think>{"count": 9}</think>{"count": 3, "examples": []}', (3, [])),
     ('{"count": 9, "examples": []} No, sorry: {"count": 3, "examples": []}', (3, [])),
-    ('{"result": {"count": 3, "examples": ["wait"]}}', (3, ["wait"])),
+    ('{"count": 3, "examples": []}<think>{"count": 9}</think>', None),
     (r'{"count": 1, "examples": ["so \sin x might", 4]}', (1, [r"so \sin x might"])),
     ('{"count": 2.0, "examples": "wait"}', (2, ["wait"])),
     ("I count three.", None), ('{"count": "many"}', None), ("", None), ("[1] {" * 4000, None)])
@@ -122,11 +121,10 @@ def test_nothing_is_asked_twice_and_another_judge_or_text_is(ask, server):
     assert ask(TEXTS, "--model", "n")[0] == 0 and server.asked["Hmm."] == 2
 
 
-@pytest.mark.parametrize("torn", [b'{"hash": "1", "mod', b"\xff\x00"])
-def test_a_torn_last_line(ask, server, tmp_path, torn):
+def test_a_torn_last_line(ask, server, tmp_path):
     ask(TEXTS[:1])
     with (tmp_path / "a.judged.jsonl").open("ab") as file:
-        file.write(torn)
+        file.write(b'{"hash": "\xff\x00')
     assert ask(TEXTS[:3])[2] == [0, 1, 3] and server.asked[TEXTS[0]] == 1
 
 
@@ -161,49 +159,51 @@ def test_what_cannot_work_is_one_line_and_keeps_what_there_is(ask, server):
     assert ask(TEXTS, "--field", "draft")[1].count("no field draft") == 1
 
 
-def test_a_killed_run_resumes(server, tmp_path):
-    path, judged = tmp_path / "a.jsonl", tmp_path / "a.judged.jsonl"
-    path.write_text("".join(json.dumps(dict(text=f"hmm {i}")) + "\n" for i in range(60)))
+def test_a_killed_run_resumes(ask, server, tmp_path):
+    texts, judged = [f"hmm {i}" for i in range(60)], tmp_path / "a.judged.jsonl"
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(dict(text=t)) + "\n" for t in texts))
     server.trouble = lambda *_: time.sleep(0.1)
-    command = [sys.executable, str(ROOT / "judge.py"), str(path), "--url", server.url,
-               "--model", "m"]
-    job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    job = subprocess.Popen([sys.executable, ROOT / "judge.py", tmp_path / "a.jsonl", "--url",
+                            server.url, "--model", "m"])
     while not judged.exists() or judged.read_bytes().count(b"\n") < 5:
         assert job.poll() is None
         time.sleep(0.02)
     job.kill()
     job.wait()
     server.trouble = lambda *_: None
-    assert subprocess.run(command, capture_output=True, timeout=60).returncode == 0
-    assert [row["count"] for row in lines(judged)] == [1] * 60
-    assert sum(server.asked.values()) < 90
+    assert ask(texts)[2] == [1] * 60 and sum(server.asked.values()) < 90
+
+
+def serve(folder, port):
+    """vLLM's own server of the toy."""
+    os.dup2(os.open(folder / "log", os.O_WRONLY | os.O_CREAT), 2)
+    os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "fork"  # else it imports all again
+    sys.argv = ["vllm", *map(str, (
+        "--host", "127.0.0.1", "--port", port, "--model", ROOT / "toy/model", "--dtype", "float32",
+        "--served-model-name", "toy", "--enforce-eager", "--kv-cache-memory-bytes", 2**28))]
+    runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")
 
 
 @pytest.mark.vllm
-def test_vllms_own_server(tmp_path, capsys):
+def test_vllms_own_server(tmp_path, capsys, monkeypatch):
     """The toy answers nonsense; its real answers are what it is asked about."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1",
-               "--port", str(port), "--model", str(ROOT / "toy/model"), "--dtype", "float32",
-               "--served-model-name", "toy", "--enforce-eager", "--kv-cache-memory-bytes",
-               str(2**28)]
-    env = dict(os.environ, OMP_NUM_THREADS="1", VLLM_LOGGING_LEVEL="ERROR", NO_PROXY="127.0.0.1")
-    log = (tmp_path / "server.log").open("w")
-    server = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+    server = FORKS.Process(target=serve, args=(tmp_path, port))
+    server.start()
     try:
-        end = time.monotonic() + 600  # a busy machine takes its time
-        while time.monotonic() < end:
-            assert server.poll() is None, (tmp_path / "server.log").read_text()[-3000:]
+        for _ in range(1200):  # a busy machine takes its time
+            assert server.is_alive(), (tmp_path / "log").read_text()[-3000:]
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
                 break
             time.sleep(0.5)
         path = tmp_path / "a.jsonl"
         path.write_text("".join(json.dumps(dict(response=t)) + "\n" for t in (
-            "Wait, 3.", "Hmm.", "4", "wait " * 5000)))  # the last is longer than its context
-        for name, said in (("toy", "0 of 4 responses are judged"), ("another", "Error code: 404")):
+            "Wait, 3.", "wait " * 5000)))  # the last is longer than its context
+        for name, said in (("toy", "0 of 2 responses are judged"), ("another", "Error code: 404")):
             with pytest.raises(SystemExit) as ended:
                 judge.main([str(path), "--url", f"http://127.0.0.1:{port}/v1", "--model", name])
             shown = capsys.readouterr()
@@ -211,4 +211,4 @@ def test_vllms_own_server(tmp_path, capsys):
         assert lines(tmp_path / "a.judged.jsonl") == []
     finally:
         kill.kill_family(server.pid)
-        server.wait()
+        server.join()
