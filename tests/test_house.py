@@ -16,16 +16,18 @@ OWN = {"main", "make_parser", "check_args", "log", "summarise", "table",  # a sc
        "Student", "remember_logprobs", "update", "token_losses"}
 
 
-def functions(name):
+def functions(name, constants=False):
     tree = ast.parse((ROOT / name).read_text())
     kinds = (ast.FunctionDef, ast.ClassDef)
-    return {node.name: ast.unparse(node) for node in tree.body if isinstance(node, kinds)}
+    found = {node.name: ast.unparse(node) for node in tree.body if isinstance(node, kinds)}
+    return found | {node.targets[0].id: ast.unparse(node) for node in tree.body
+                    if constants and isinstance(node, ast.Assign)}
 
 
-def test_a_function_of_one_name_is_one_text():
+def test_what_has_one_name_is_one_text():
     texts = collections.defaultdict(dict)
     for name in SCRIPTS:
-        for function, text in functions(name).items():
+        for function, text in functions(name, constants=True).items():
             texts[function][name] = text
     shared = {f: t for f, t in texts.items() if len(t) > 1 and f not in OWN}
     assert shared  # at least the prompts' functions

@@ -4,6 +4,7 @@ Whole runs that are killed: test_end_to_end.py, and tests/kill.py for as long as
 """
 import json
 import resource
+import subprocess
 import sys
 
 import pytest
@@ -188,7 +189,8 @@ def command(run_dir, *flags):
 def begun(tmp_path, tokenizer, alone, monkeypatch):
     """The folder of a run that has one checkpoint."""
     monkeypatch.setattr(sys, "argv", ["sdpo.py"])
-    sdpo.begin_run(sdpo.make_parser().parse_args([*map(str, command(tmp_path / "run"))]))
+    sdpo.begin_run(sdpo.make_parser().parse_args([*map(str, command(tmp_path / "run"))]),
+                   ROOT / "toy/model")
     save(*make(), 1, tokenizer, tmp_path / "run")
     return tmp_path / "run"
 
@@ -219,8 +221,26 @@ def test_the_same_command_resumes_and_steps_may_grow(begun, monkeypatch):
 def test_other_flags_are_named_and_nothing_is_overwritten(begun, monkeypatch):
     before = {p: p.read_bytes() for p in begun.rglob("*") if p.is_file()}
     line = refusal_of_main(sdpo, monkeypatch, command(begun, "--lr", "1e-4", "--steps", 4))
-    assert f"--run_dir {begun} began with other flags: --steps was 5, --lr was 1e-05;" in line
+    assert f"--run_dir {begun} began with other flags or files: steps was 5, lr was 1e-05;" in line
     assert before == {p: p.read_bytes() for p in begun.rglob("*") if p.is_file()}
+
+
+def test_changed_data_and_another_process_are_refused(begun, monkeypatch, tmp_path):
+    config = lines(begun / "config.json")[0]
+    sdpo.write_lines(begun / "config.json", [dict(config, files=["d.jsonl 12 34"])])
+    line = refusal_of_main(sdpo, monkeypatch, command(begun))
+    assert "files was ['d.jsonl 12 34']; repeat them, or name a new folder" in line
+    sdpo.write_lines(begun / "config.json", [config])
+    hold = ("import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); "
+            "print(flush=True); input()")
+    other = subprocess.Popen([sys.executable, "-c", hold, begun / "run.lock"],
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    assert "another process trains in it" in refusal_of_main(sdpo, monkeypatch, command(begun))
+    other.kill()  # its lock goes with it
+    other.communicate()
+    with pytest.raises(Accepted):
+        run_main(monkeypatch, command(begun))
 
 
 def test_a_finished_run_says_so(begun, monkeypatch, capsys):
@@ -247,7 +267,7 @@ def test_ranks_that_start_at_once_do_not_refuse_each_other(tmp_path, monkeypatch
     """One finds the folder while the first writes config.json aside."""
     (tmp_path / "config.json.part").write_text("{")
     monkeypatch.setenv("RANK", "1")
-    sdpo.begin_run(sdpo.make_parser().parse_args([*map(str, command(tmp_path))]))
+    sdpo.begin_run(sdpo.make_parser().parse_args([*map(str, command(tmp_path))]), "model")
 
 
 def test_a_folder_that_cannot_be_made(tmp_path, monkeypatch):

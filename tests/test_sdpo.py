@@ -2,6 +2,7 @@
 import json
 import math
 import random
+import shutil
 import sys
 from argparse import Namespace
 from types import SimpleNamespace
@@ -352,17 +353,49 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, flags, sai
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("name", ["toy", *map(lambda name: pytest.param(
+    name, marks=needs_tokenizers), ("qwen3", "deepseek-r1-distill-qwen", "olmo-3-instruct"))])
+def test_a_control_token_that_an_answer_spells_stays_text(name):
+    tokenizer, answer = tokenizer_of(name), "<think>\nhm\n</think>\n\n4"
+    control = [t for t in tokenizer.get_added_vocab() if "think" not in t]
+    plain, spelt = (sdpo.render(tokenizer, sdpo.teacher_messages(
+        [dict(role="user", content="2 + 2?")], text, "full"), True)
+        for text in (answer, answer + "".join(control)))
+    ids = set(tokenizer.convert_tokens_to_ids(control))
+    assert control and [i for i in spelt if i in ids] == [i for i in plain if i in ids]
+    think = tokenizer.convert_tokens_to_ids("<think>")
+    assert spelt.count(think) == plain.count(think)
+
+
+def test_steps_without_an_update_say_so_and_ten_say_why(tmp_path, alone, capsys):
+    args = sdpo.make_parser().parse_args(["--model", "m", "--run_dir", str(tmp_path)])
+    for step in range(1, 11):
+        sdpo.log(args, step, [rollout([1], [1, 2])], dict(loss=0.0, skipped=0, trained=0),
+                 dict(rollout=4000.0, update=1.0))
+    said = capsys.readouterr().out.splitlines()
+    assert sum("no update: no rollout of this step" in line for line in said) == 10
+    assert [line for line in said if "nor in the nine steps" in line] == said[-1:]
+    assert max(map(len, said)) <= 80 and "step 10/100  score" in said[-3]
+
+
+def test_a_temperature_that_transformers_would_not_save_is_saved(tmp_path):
+    shutil.copytree(ROOT / "toy/model", tmp_path / "m")
+    (tmp_path / "m/generation_config.json").write_text('{"temperature": 0.6, "do_sample": false}')
+    sdpo.load_model(tmp_path / "m", "cpu").save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved/generation_config.json").read_text())["temperature"] == 0.6
+
+
 def test_wandb_gets_the_metrics(tmp_path, alone, monkeypatch):
     args, other = (sdpo.make_parser().parse_args(
         ["--model", "m", "--run_dir", str(tmp_path / name), "--wandb"]) for name in "ab")
     sent = []
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(
         init=lambda **how: sent.append(how), log=lambda m, step: sent.append((step, m))))
-    sdpo.begin_run(args)
+    sdpo.begin_run(args, "m")
     sdpo.log(args, 3, [rollout([1], [1, 2])], dict(loss=0.5, skipped=0, trained=1),
              dict(rollout=1.0, update=1.0))
-    sdpo.begin_run(args)  # the same command again: the same run there
-    sdpo.begin_run(other)
+    sdpo.begin_run(args, "m")  # the same command again: the same run there
+    sdpo.begin_run(other, "m")
     (begun, (step, metrics), again, another) = sent
     assert begun["id"] == again["id"] != another["id"] and begun["resume"] == "allow"
     assert begun["config"]["lr"] == 1e-5 and step == 3 and metrics["length"] == 2

@@ -25,7 +25,7 @@ def test_values_by_hand():
 def test_one_number_fits_and_traces_compute_what_they_say(style):
     rng = random.Random(1)
     for _ in range(300):
-        p = problems.make_problem(rng, rng.random() < 0.5)
+        p = problems.make_problem(rng, rng.choice(list(problems.SPLITS)))
         fitting = [y for y in p["numbers"] if problems.check(p, y)[1] == p["r"]]
         assert fitting == [p["x"]] and len(set(p["numbers"])) == len(p["numbers"])
         text = problems.trace(rng, p, style)
@@ -55,7 +55,7 @@ def test_data_files_are_what_the_generator_writes(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["problems.py", "--out", str(tmp_path)])
     problems.main()
     seen = set()
-    for split in ("train", "in", "ood"):
+    for split in problems.FILES:
         text = (tmp_path / f"{split}.jsonl").read_text()
         assert text == (ROOT / f"toy/data/{split}.jsonl").read_text()
         questions = [json.loads(line)["prompt"][0]["content"] for line in text.splitlines()]
@@ -72,9 +72,27 @@ def test_numbers_are_means_over_seeds(tmp_path):
         for step, value in ((0, 0.9), (20, score)):
             row = dict(score=value, length=40.0, epistemic=1.0)
             (folder / f"eval/step_{step}.json").write_text(json.dumps({"ood": row}))
+        (folder / "metrics.jsonl").write_text("".join(
+            json.dumps(dict(score=n / 20, length=40.0, epistemic=1.0)) + "\n" for n in range(20)))
     found = study.numbers([tmp_path / "seed_0", tmp_path / "seed_1"])
     assert found["sdpo"]["ood"]["score"] == [0.6, round(0.02 ** 0.5, 4), 2]
     assert found["base"]["ood"]["score"] == [0.9, 0.0, 2]
+    assert found["sdpo"]["training"]["score"] == [0.725, 0.0, 2]  # of the last ten steps
+
+
+def test_every_arm_of_the_tables_is_run():
+    names = {name for group in ("study", "coverage", "controls", "opsd", "remedies")
+             for name in study.runs(group, "o")}
+    arms = {arm for table in study.TABLES.values() for arm in table.values()}
+    assert {a for a in arms if not a.startswith(("context_", "sft_", "base"))} <= names
+
+
+def test_the_shipped_model_is_not_overwritten(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["pretrain.py", "--out", str(ROOT / "toy/model")])
+    monkeypatch.syspath_prepend(str(ROOT / "toy"))
+    with pytest.raises(SystemExit):
+        load("pretrain").main()
+    assert "into a new folder" in capsys.readouterr().err
 
 
 def test_token_kl_is_weighed_by_counts_over_seeds(tmp_path):
