@@ -164,14 +164,14 @@ _BRACES = r"\{(?:[^{}]++|\{(?:[^{}]++|\{[^{}]*+\})*+\})*+\}"  # nested as deep a
 _COMMANDS = {name: new for new, names in {
     r"\frac": "dfrac tfrac cfrac sfrac", r"\binom": "dbinom", r"\cdot ": "times", "(": "langle",
     ")": "rangle", "<": "lt", ">": "gt", r"\le ": "leq leqslant", r"\ge ": "geq geqslant",
-    r"\emptyset": "varnothing", r"^\circ ": "degree", r"\text": "textbf textit textrm mathrm "
-    "mathbf mathsf mathit mbox operatorname boldsymbol bm emph underline", " ": "left right big "
-    "Big bigg Bigg displaystyle textstyle quad qquad bf rm large Large checkmark therefore",
+    r"\emptyset": "varnothing", r"^\circ ": "degree", r"\text": "textbf textit textrm mathrm bm "
+    "mathbf mathsf mathit mbox operatorname boldsymbol emph underline", " ": "left right big bigl "
+    "bigr Big bigg Bigg displaystyle textstyle quad qquad bf rm large Large checkmark therefore",
 }.items() for name in names.split()}
 _UNICODE = str.maketrans({
     "−": "-", "–": "-", "×": r"\cdot ", "·": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ",
     "∪": r"\cup ", "≤": r"\le ", "≥": r"\ge ", "≈": r"\approx ", "≡": r"\equiv ", "±": r"\pm ",
-    "°": r"^\circ ", "²": "^2", "³": "^3", "€": r"\$", "£": r"\$"})
+    "°": r"^\circ ", "²": "^2", "³": "^3", "€": r"\$", "£": r"\$", "¥": r"\$"})
 _SCALES = dict(hundred=2, thousand=3, million=6, billion=9, trillion=12)
 _SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
     (r"(?<!\\)\\! ?|\\(?:text)?color ?\{[^{}]*+\}|\\phantom\{\.\}|^ ?\*\*|\*\* ?$|\\\\ ?$", ""),
@@ -184,9 +184,10 @@ _SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
     (r"\\frac ?([0-9]|\\pi|(?<= )[a-z])", r"\\frac{\1}"),
     (r"(\\frac\{[^{}]*+\}) ?([0-9a-z]|\\pi)", r"\1{\2}"),
     (r"([\^_]) ?\{ ?([0-9A-Za-z]) ?\}", r"\1\2"),
-    (r"(?<=[0-9])_ ?\{? ?10 ?\}?(?![0-9])", " "),  # in base ten
-    (r"(?<![0-9.,([])(?<!\\\{)(?<!, )[1-9][0-9]{0,2}(\{, ?\}|[, ])[0-9]{3}(?:\1[0-9]{3})*+"
+    (r"[({]([0-9]++)[)}] ?(?=_[2-9])", r"\1"), (r"(?<=[0-9])_ ?\{? ?10 ?\}?(?![0-9])", " "),  # base
+    (r"(?<![0-9.,([])(?<!\\\{)(?<!, )[1-9][0-9]{0,2}(\{,? ?\}|[, ])[0-9]{3}(?:\1[0-9]{3})*+"
      r"(?![0-9,])", lambda m: re.sub("[^0-9]", "", m[0])),  # 1,234
+    (r"\{(?: ?([-.:]) ?|(, | ))\}", r"\1\2"),  # \text{-}1, 3{.}14, 1\text{, }2
     (r"([0-9]{1,99})\.([0-9]{0,99})\\overline ?\{([0-9]{1,99})\}", lambda m:
      rf"({m[1]}.{m[2]}0+\frac{{{m[3]}}}{{{'9' * len(m[3])}{'0' * len(m[2])}}})"),  # 0.1666...
     (r"(?<![0-9.^_)}])([0-9]{1,99}) ?(\\frac\{([0-9]{1,99})\}\{([0-9]{1,99})\})", lambda m:
@@ -195,10 +196,10 @@ _SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
     (r"(?:(?<!11)(?<=1)st|(?<!12)(?<=2)nd|(?<!13)(?<=3)rd|(?<=[04-9])th|(?<=1[1-3])th)\b", ""),
     (rf"(?<=[0-9]) ?(\\text ?\{{ ?)?({'|'.join(_SCALES)})\b",
      lambda m: rf"\cdot 10^{{{_SCALES[m[2]]}}} {m[1] or ''}"),
-    (r"(?:^|(?<==)|(?<== )) ?\\text ?\{([A-Za-z ]++:? ?)\} ?(?=[-0-9\\])",  # The answer is 5
+    (r"(?:^|(?<==)|(?<== )) ?\\text ?\{( ?[A-Za-z]{2}[A-Za-z ]*+:? ?)\} ?(?=[-0-9\\])",  # Sum: 5
      lambda m: m[0] if _CHANGING.search(m[1]) else ""),
-    (r"\^ ?(?:\\circ|\{ ?\\circ ?\})", r"\\text{ degrees}"),  # units: all in one \text{...}
-    (r"\\?%", r"\\text{ percent}"),
+    (r"\^ ?(?:\\circ|\{ ?\\circ ?\})(?: ?\\text ?\{ ?[CF] ?\})?+", r"\\text{ degrees}"),
+    (r"\\?%", r"\\text{ percent}"),  # units: all in one \text{...}
     (r"(?<=[0-9}]) ?((?:[ckm]m|m(?=[\^/])|kg|lbs?|oz|ft|in|mph|hrs?|mins?|secs?)(?:/[a-z]{1,4})?"
      r"|(?<= )[A-Za-z]{4,}+(?: [A-Za-z]{2,}+)*+)(?![A-Za-z(])", r"\\text{\1}"),
     (r"(\\text\{[^{}]*[A-Za-z]) ?\} ?\^([23])", r"\1^\2}"),
@@ -224,6 +225,7 @@ _WORD = r"(?:[A-Za-z]{2,}+|[mshgL](?![A-Za-z]))(?:\^[23])?"
 _UNIT = re.compile(rf"(?: ?\\text\{{ ?\(?(?:{_WORD}\.?(?:[ /-]{_WORD}){{0,2}})?\)? ?\}})?")
 _CHANGING = re.compile(  # words that change what stands before them, or guess again
     r"\b(?:or|oder|and|not|no|if|when|unless|but|to|than|least|most|more|less|plus|minus|negative|"
+    r"is wrong|incorrect|rejected|neither|nor|never|cannot|except|under|multiples? of|sqrt|"
     r"times|twice|over|vs|either|else|maybe|about|none|squared|cubed|power|pi|mod|base|log|ln|sin|"
     r"cos|tan|root|rad|(?:radian|gradian|tenth|ten|st|nd|rd|th)s?|[IVXLC]{2,}|percent percent|"
     r"(?:one|two|three|four|fi[fv]|six|seven|eigh|nin|eleven|twel|thir|twen|hundred|thousand|dozen|"
@@ -315,18 +317,17 @@ def states(answer, gold):
 
 # ------------------------------------------------------------------------------------- Formulas
 _MISREAD = re.compile(  # 2 3 as 5, A^T as A, I as i, (2)(3) as 5; and commands it knows not
-    r"[0-9] [0-9]|[0-9] ?\\?[{[] ?[0-9]|\[-?\\infty|\\infty\]|[0-9)}]_|\^\{?T|(?<![A-Za-z\\])I|"
+    r"'|[0-9] [0-9]|[0-9] ?\\?[{[] ?[0-9]|\[-?\\infty|\\infty\]|[0-9)}]_|\^\{?T|(?<![A-Za-z\\])I|"
     r"[0-9] ?\\frac\{[0-9]+\}\{[0-9]|\(-?[0-9.]+\) ?[0-9({[]|(?<!\\)\\(?!(?:frac|sqrt|pi|infty|"
     r"cdot|binom|a?r?c?(?:sin|cos|tan)|cot|sec|csc|log|ln|exp|[lr](?:floor|ceil)|[lg]e|in|cup|pm|"
     rf"begin|end|emptyset|mathbb|{_LETTERS})(?![a-z]))[A-Za-z]")
 _FORMULA = [(re.compile(pattern), new) for pattern, new in (
-    (r"^\\\{ ?[a-z] ?(?:\\mid|\||:)(.*)\\\}$", r"\1"),
-    (r"^(?:=|\\approx)|\\approx ?[0-9]*\.[0-9]+", ""),
+    (r"^\\\{ ?[a-z] ?(?:\\mid|\||:)(.*)\\\}$", r"\1"), (r"^f\(x\) ?=", "y="),
+    (r"^(?:=|\+|\\approx)|\\approx ?[0-9]*\.[0-9]+", ""),
     (r"^([^()]*[<>][^()]*?)\\text\{ ?or ?\}([^()]*)$", r"(\1) \\cup (\2)"),
     (r",? ?\\text\{ ?(?:or|and) ?\}|,?(?<![{ ]) (?:or|and) ", ","),
     (r" ?\\text\{(?! ?deg)([^{}0-9]*)\}$", lambda m: m[0] if _CHANGING.search(m[1]) else ""),
-    (r"^([a-z]) ?\\in ?(?=[(\[\\])", r"\1="),
-    (r"^f\(x\) ?=", "y="),
+    (r"^([a-z]) ?\\in ?(?=[(\[\\])", r"\1="), (r"(\\log_[0-9]) ?\{?([0-9]+)\}?$", r"\1(\2)"),
     (r"(?<![_^0-9.])([0-9]+) ?(?=\(|\\binom)", r"\1\\cdot "),  # which the parser would add
 )]
 _LABEL = re.compile(rf"(?:^|(?<=,)) ?({_SYMBOLS}|\([a-z](?:, ?[a-z])++\) ?)=")
@@ -347,7 +348,7 @@ def settle(gold, answer):
         return float(states(answer, number))
     if re.fullmatch(r"\(?[A-J]\)?|[A-Za-z '-]*[A-Za-z]{2}[A-Za-z '-]*", gold):
         words = re.sub(r"\\text\{([^{}]*+)\}", r"\1", answer)  # to math-verify "east" is "seat"
-        return float(gold.strip("()").casefold() == words.strip(" ().").casefold())
+        return float(gold.strip("()").casefold() == words.strip(' ().!"').casefold())
     for pattern, new in _FORMULA:
         gold, answer = pattern.sub(new, gold).strip(), pattern.sub(new, answer).strip()
     if "=" in gold:
@@ -430,16 +431,15 @@ def _work(timeout, memory_mb):
     """Answers each JSON line [gold, side, ...] on stdin with a line 1 or 0: are all equal?"""
     out = os.dup(1)
     os.dup2(2, 1)  # what sympy prints is no verdict
-    import sympy.physics.units  # noqa: F401  simplify() imports it later, and it needs eval
+    import sympy.physics.units  # now, while there is an eval: simplify() would import it later
     from latex2sympy2_extended import latex2sympy2
     from math_verify import verify
-    from sympy import Expr, I, Or, Rational, Symbol, Union, lambdify
 
     # Model text must not become Python.  In math-verify 0.9 with sympy 1.14 it does twice: sympify
     # evals every number, and infinite sums are compiled, names from the text included.
-    parser, compiler = sys.modules["sympy.parsing.sympy_parser"], sys.modules[lambdify.__module__]
-    parser.eval = compiler.eval = compiler.exec = None  # a path we have not seen fails
-    parser.parse_expr = lambda text, *_, **__: Rational(text)
+    parser, maker = map(sys.modules.get, ("sympy.parsing.sympy_parser", "sympy.utilities.lambdify"))
+    parser.eval = maker.eval = maker.exec = None  # a path we have not seen fails
+    parser.parse_expr = lambda text, *_, **__: sympy.Rational(text)
     sys.modules["sympy.core.evalf"].lambdify = lambda n, term: lambda k: int(term.subs(n, k))
     config = latex2sympy2.ConversionConfig(lowercase_symbols=False)
     spelling = latex2sympy2.NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
@@ -447,15 +447,15 @@ def _work(timeout, memory_mb):
     def read(text):  # not parse(), which looks for formulas in a text and drops units: h, m, t
         formula = latex2sympy2.latex2sympy(
             text, is_real=True, normalization_config=spelling, conversion_config=config)
-        if isinstance(formula, Union) and re.search("[<>]|[lg]e", text):  # x < 2 or x > 3
-            return Or(*formula.args).as_set()
-        return formula.subs(Symbol("i", real=True), I)
+        if isinstance(formula, sympy.Union) and re.search("[<>]|[lg]e", text):  # x < 2 or x > 3
+            return sympy.Or(*formula.args).as_set()
+        return formula.subs(sympy.Symbol("i", real=True), sympy.I)
 
     def equal(a, b):
-        if isinstance(a, Expr) and isinstance(b, Expr):
-            difference = (a - b).expand()
-            if difference == 0 or not difference.free_symbols:  # to verify, 1e-20 is 2e-20
-                return difference == 0 or bool(abs(difference.evalf(100)) < abs(a) / 10**90)
+        if isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr):
+            gap = (a - b).expand()
+            if not gap.free_symbols:  # to verify, 1e-20 is 2e-20, and 2^{2^{10}}+1 is 2^{2^{10}}
+                return not gap or not gap.is_Rational and bool(abs(gap.n(100)) < abs(a) / 10**90)
         # Without its timeout, which is signal.alarm: the worker has its own.
         return verify(a, b, timeout_seconds=None, allow_set_relation_comp=True)
 
