@@ -225,22 +225,24 @@ def test_other_flags_are_named_and_nothing_is_overwritten(begun, monkeypatch):
     assert before == {p: p.read_bytes() for p in begun.rglob("*") if p.is_file()}
 
 
-def test_changed_data_and_another_process_are_refused(begun, monkeypatch, tmp_path):
+def test_changed_data_is_refused(begun, monkeypatch):
     config = lines(begun / "config.json")[0]
     sdpo.write_lines(begun / "config.json", [dict(config, files=["d.jsonl 12 34"])])
     line = refusal_of_main(sdpo, monkeypatch, command(begun))
     assert "files was ['d.jsonl 12 34']; repeat them, or name a new folder" in line
-    sdpo.write_lines(begun / "config.json", [config])
+
+
+def test_one_process_trains_in_a_folder(tmp_path, monkeypatch):
     hold = ("import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); "
             "print(flush=True); input()")
-    other = subprocess.Popen([sys.executable, "-c", hold, begun / "run.lock"],
+    other = subprocess.Popen([sys.executable, "-c", hold, tmp_path / "run.lock"],
                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     other.stdout.readline()
-    assert "another process trains in it" in refusal_of_main(sdpo, monkeypatch, command(begun))
+    assert "another process trains in it" in refusal_of_main(sdpo, monkeypatch, command(tmp_path))
     other.kill()  # its lock goes with it
     other.communicate()
     with pytest.raises(Accepted):
-        run_main(monkeypatch, command(begun))
+        run_main(monkeypatch, command(tmp_path))
 
 
 def test_a_finished_run_says_so(begun, monkeypatch, capsys):
