@@ -118,26 +118,18 @@ def test_one_that_does_not_load_is_named(run, tokenizer, name, harm):
     assert load(run)[2] == 1
 
 
-def test_a_half_written_one_is_none(run, tokenizer):
-    trained = make()
-    save(*trained, 1, tokenizer, run)
-    saved = run / "checkpoints/step_1"
-    shutil.copytree(saved, run / "checkpoints/step_3.part")  # killed before the renaming
-    (run / "checkpoints/step_2/trainer_state").mkdir(parents=True)  # killed while that is removed
-    assert sdpo.resumable(run) == [1] and load(run)[2] == 1
-    save(*trained, 3, tokenizer, run)
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step_1", "step_2", "step_3"]
-    assert load(run)[2] == 3
-
-
-def test_weights_of_all_checkpoints_stay_and_the_state_of_two(run, tokenizer):
+def test_the_newest_whole_one_counts_and_all_weights_stay(run, tokenizer):
     trained = make()
     for number in (8, 9, 10, 11):  # 10 is after 9, whatever the alphabet says
         save(*trained, number, tokenizer, run)
-    folders = sorted((run / "checkpoints").iterdir(), key=lambda p: int(p.name[5:]))
-    assert [p.name for p in folders] == ["step_8", "step_9", "step_10", "step_11"]
-    assert all((p / "model.safetensors").exists() for p in folders)
+    folders = [run / f"checkpoints/step_{number}" for number in (8, 9, 10, 11)]
+    assert all((folder / "model.safetensors").exists() for folder in folders)
     assert [(p / "trainer_state").exists() for p in folders] == [False, False, True, True]
+    folders[-1].rename(run / "checkpoints/step_11.part")  # killed before the renaming
+    (folders[0] / "trainer_state").mkdir()  # killed while that is removed
+    assert sdpo.resumable(run) == [10] and load(run)[2] == 10
+    save(*trained, 11, tokenizer, run)
+    assert load(run)[2] == 11 and sorted((run / "checkpoints").iterdir()) == sorted(folders)
 
 
 def test_metrics_after_the_checkpoint_go(run, tokenizer):
@@ -219,6 +211,8 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, monkeypatch):
     line = refusal_of_main(sdpo, monkeypatch, command(tmp_path))
     assert f"--run_dir {tmp_path} holds something else" in line
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+    line = refusal_of_main(sdpo, monkeypatch, command(tmp_path / "notes.txt/run"))
+    assert f"{tmp_path}/notes.txt" in line  # permissions would not hold for root
 
 
 def test_ranks_that_start_at_once_do_not_refuse_each_other(begun, monkeypatch):
@@ -227,9 +221,3 @@ def test_ranks_that_start_at_once_do_not_refuse_each_other(begun, monkeypatch):
     shutil.rmtree(begun / "checkpoints")
     monkeypatch.setenv("RANK", "1")
     sdpo.begin_run(sdpo.make_parser().parse_args([*map(str, command(begun))]))
-
-
-def test_a_folder_that_cannot_be_made(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("mine")  # permissions would not hold for root
-    line = refusal_of_main(sdpo, monkeypatch, command(tmp_path / "file/run"))
-    assert f"{tmp_path}/file" in line
