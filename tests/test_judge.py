@@ -5,7 +5,6 @@ import json
 import os
 import re
 import runpy
-import socket
 import subprocess
 import sys
 import threading
@@ -18,7 +17,7 @@ import pytest
 
 import judge
 import kill
-from common import FORKS, ROOT, lines
+from common import FORKS, ROOT, free_port, lines
 
 KEY = "sk-this-must-stay-unseen"
 TEXTS = ["Wait. Hmm, wait.", "So 4.", "Hmm.", "Hmm."]
@@ -178,9 +177,7 @@ def serve(folder, port):
 def test_vllms_own_server(tmp_path, capsys, monkeypatch):
     """The toy answers nonsense; its real answers are what it is asked about."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     server = FORKS.Process(target=serve, args=(tmp_path, port))
     server.start()
     try:
