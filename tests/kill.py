@@ -16,7 +16,6 @@ import itertools
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -124,9 +123,9 @@ def outcome(run_dir, steps):
     return kept, hashlib.sha256(weights).hexdigest()
 
 
-def killed_run(folder, script, ranks, kills, steps, argv, masters, rng):
+def killed_run(folder, script, ranks, kills, steps, argv, masters):
     """Runs to the end through `kills` kills; returns how often which phase was hit."""
-    hit, note = collections.Counter(), folder / "phase"
+    hit, note, rng = collections.Counter(), folder / "phase", random.Random(0)
     wanted = list(itertools.islice(itertools.cycle(phases(script)), kills))
     rng.shuffle(wanted)
     while True:
@@ -164,20 +163,15 @@ def arguments(script, steps, folder):
             *(["--ema", 0.05] if script == "sdpo.py" else [])]
 
 
-def compare(folder, script, ranks, kills, steps, masters=False, seed=0):
+def compare(folder, script, ranks, kills, steps, masters):
     """(phases hit, whether metrics agree, whether weights agree) of folder/whole, folder/killed."""
-    argv = arguments(script, steps, folder)
-    (folder / "whole").mkdir()
-    (folder / "killed").mkdir()
-    whole = start(script, ranks, folder / "whole/phase", [*argv, "--run_dir", folder / "whole/run"],
-                  masters)
-    if whole.wait():
-        raise RuntimeError((folder / "whole/phase.log").read_text()[-3000:])
-    argv += ["--run_dir", folder / "killed/run"]
-    hit = killed_run(folder / "killed", script, ranks, kills, steps, argv, masters,
-                     random.Random(seed))
+    argv, hits = [*arguments(script, steps, folder), "--run_dir"], []
+    for name, number in (("whole", 0), ("killed", kills)):
+        (folder / name).mkdir()
+        hits.append(killed_run(folder / name, script, ranks, number, steps,
+                               [*argv, folder / name / "run"], masters))
     (m, w), (n, v) = (outcome(folder / name / "run", steps) for name in ("whole", "killed"))
-    return hit, m == n, w == v
+    return hits[1], m == n, w == v
 
 
 def main():
@@ -199,13 +193,8 @@ def main():
         same &= metrics and weights
         said = ", ".join(f"{n} {phase}" for phase, n in hit.most_common())
         print(f"{args.script}, {ranks} rank(s), {args.steps} steps, {sum(hit.values())} kills in "
-              f"{time.time() - began:.0f} s: {said}")
-        print(f"  metrics {'the same' if metrics else 'DIFFER'}, "
-              f"weights {'the same' if weights else 'DIFFER'}", flush=True)
-        if metrics and weights:
-            shutil.rmtree(folder)
-        else:
-            print(f"  both runs: {folder}", flush=True)
+              f"{time.time() - began:.0f} s: {said}\n  metrics and weights "
+              f"{'the same' if metrics and weights else 'DIFFER'}: {folder}", flush=True)
     sys.exit(not same)
 
 

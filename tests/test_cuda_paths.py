@@ -18,7 +18,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import grpo
 import sdpo
 import test_sdpo
-from common import DATA, ROOT, few, gradients_of, learner, tokenizer_of, toy
+from common import (DATA, ROOT, assert_same_gradient, few, gradients_of, learner, on_ranks,
+                    tokenizer_of, toy)
 
 
 class Verifier(sdpo.Verifier):
@@ -124,19 +125,19 @@ def test_vllm_sleeps_while_the_trainer_works_and_wakes_in_two_steps(recorded):
     assert recorded.gone
 
 
-@pytest.mark.vllm
-def test_what_vllm_is_asked_for_exists(recorded):
+def bind(settings, calls):
+    """Binds them to vLLM's own signatures, and lets its account of what sleeps follow them."""
     from vllm import LLM, EngineArgs
     from vllm.v1.executor.abstract import Executor
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as Newer
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
     known = {field.name for field in dataclasses.fields(EngineArgs)}
-    assert set(recorded.settings) <= known | set(inspect.signature(LLM).parameters)
-    account = type("Account", (Executor,), dict.fromkeys(  # its own account of what sleeps
+    assert settings <= known | set(inspect.signature(LLM).parameters)
+    account = type("Account", (Executor,), dict.fromkeys(
         Executor.__abstractmethods__, lambda *_, **__: None))
     executor = account.__new__(account)
     executor.sleeping_tags = set()
-    for name, how in recorded.calls:
+    for name, how in calls:
         if name == "reload_weights":
             for runner in (GPUModelRunner, Newer):
                 inspect.signature(runner.reload_weights).bind(None, **how)
@@ -146,6 +147,11 @@ def test_what_vllm_is_asked_for_exists(recorded):
             getattr(executor, name)(**how)
         assert name != "generate" or not executor.is_sleeping
         assert name != "update" or executor.sleeping_tags == {"weights", "kv_cache"}
+
+
+@pytest.mark.vllm
+def test_what_vllm_is_asked_for_exists(recorded, tmp_path):
+    on_ranks(1, tmp_path, bind, {*recorded.settings}, recorded.calls)
 
 
 def test_attention_gets_no_mask(monkeypatch):
@@ -183,13 +189,13 @@ def test_compiled_layers_give_the_gradient_of_eager_ones(alone, monkeypatch):
                 sdpo.compile_layers(on_gpu(model), on_gpu(teacher))
             model.train().gradient_checkpointing_enable(dict(use_reentrant=False))
             taken = gradients_of(optimizer)
-            for size in (23, 17):
+            for size in (9, 6):
                 batch = test_sdpo.make_batch(size)
                 sdpo.free(teacher)
                 sdpo.load_teacher(teacher, {}, model, ROOT / "toy/model")
                 sdpo.update(ddp, teacher, optimizer, batch, 1e-3)
                 gradients.append((copy.copy(taken), counter.frame_count))
     for (eager, _), (compiled, _) in zip(gradients[:2], gradients[2:]):
-        test_sdpo.assert_same_gradient(compiled, eager, 1e-4)
+        assert_same_gradient(compiled, eager, 1e-4)
     counts = [count for _, count in gradients]
     assert counts[:2] == [0, 0] and 0 < counts[2] == counts[3] < 10

@@ -46,21 +46,13 @@ def rows(printed):
         *MARKERS, "benchmark", "total", "responses", "tokens", "accuracy")}
 
 
-def test_the_markers_are_the_papers_in_its_order():
-    paper = "wait hmm perhaps maybe actually alternatively seems might likely check"
-    assert list(MARKERS) == paper.split()
-
-
 @pytest.mark.parametrize("text, substrings, words", [
-    ("That is unlikely.", 1, 0),
     ("checking, double-check, checkerboard", 3, 1),
-    ("waitwait", 2, 0),
     ("seemseems", 1, 0),  # the second begins inside no other: non-overlapping leaves one
     ("factually, actually", 2, 1),
     ("wait's wait-wait wait", 4, 4),
     ("wait_ _wait wait2 2wait \u00e9wait wait\u00e9", 6, 0),
     ("WAIT\u2014Wait\u2026wait\U0001f914wait", 4, 4),
-    ("wai t, may be, chek, perhap s", 0, 0),
     ("wait\0wait \ud83d wait", 3, 3),  # half an emoji: what is left when the token limit cuts one
 ])
 def test_substrings_and_whole_words(text, substrings, words):
@@ -73,6 +65,8 @@ def test_counts_are_the_authors_one_line_and_the_ordinary_regex():
               for piece in (*MARKERS, "un", "Wait", "CHECK", "chec\u212a", "m\u0130ght")]
     text = "".join(random.Random(0).choices(pieces, k=6000))
     lower = text.lower()
+    assert " ".join(MARKERS) == (
+        "wait hmm perhaps maybe actually alternatively seems might likely check")
     assert count_by_marker(text) == {marker: lower.count(marker) for marker in MARKERS}
     words = count_by_marker(text, whole_word=True)
     assert words == {marker: len(re.findall(rf"\b{marker}\b", lower)) for marker in MARKERS}
@@ -123,9 +117,6 @@ def test_records_averages_and_their_line():
     assert epistemic.line(means) == "score 0.500  len 510  epistemic 1.0"
 
 
-# ---------------------------------------------------------------------------------- the command
-
-
 def test_a_column_for_each_benchmark_of_each_file(tmp_path, run):
     write(tmp_path / "a.jsonl", *EVAL)
     write(tmp_path / "b.jsonl", {"text": "waiting to check"}, {"text": "hmm"})
@@ -141,18 +132,10 @@ def test_a_column_for_each_benchmark_of_each_file(tmp_path, run):
     whole = run("a.jsonl", "b.jsonl", "--whole_word")
     assert rows(whole)["total"] == ["2.00", "0.00", "1.00"] and "not the paper's" in whole
     assert rows(run("a.jsonl", "--field", "benchmark"))["total"] == ["0.00", "0.00"]
-
-
-def test_four_long_names_stay_within_80_columns_and_can_be_told_apart(tmp_path, run):
-    names = [f"runs/{name}_lr1e-5_seed0/eval/step_40.jsonl" for name in ("grpo", "sdpo", "a", "b")]
-    for name in names:
-        (tmp_path / name).parent.mkdir(parents=True)
-        write(tmp_path / name, dict(response="Maybe " * 12345, tokens=38912, correct=1))
-    lines = run(*names).splitlines()
-    assert max(map(len, lines)) <= 80
-    assert lines[2:6] == names  # in full, in the order of the columns
-    assert lines[7].split() == ["..tep_40.jsonl"] * 4
-    assert len({len(line) for line in lines[7:]}) == 1  # aligned on the right
+    names = [f"{name * 30}/eval/step_40.jsonl" for name in "abcd"]
+    lines = epistemic.grid(names, [("total", ["12,345.00"] * 4)]).splitlines()
+    assert max(map(len, lines)) <= 80 and lines[:4] == names  # in full, in the columns' order
+    assert lines[5].split() == ["..tep_40.jsonl"] * 4 and len({*map(len, lines[5:])}) == 1
 
 
 @pytest.mark.parametrize("content, message", [
@@ -170,13 +153,7 @@ def test_bad_files_are_named_in_one_line(tmp_path, run, capsys, content, message
     (tmp_path / "bad.jsonl").write_bytes(content)
     said = refusal(run, "good.jsonl", "bad.jsonl")
     assert message in said and len(said) < 500 and capsys.readouterr().out == ""
-
-
-@pytest.mark.parametrize("name, message", [
-    ("nowhere.jsonl", "No such file"), (".", "Is a directory")])
-def test_missing_file_and_directory(run, name, message):
-    said = refusal(run, name)
-    assert message in said and f"'{name}'" in said
+    assert "No such file" in refusal(run, "good.jsonl", "nowhere.jsonl")
 
 
 def test_odd_text_does_not_stop_it(tmp_path, run):
@@ -186,8 +163,6 @@ def test_odd_text_does_not_stop_it(tmp_path, run):
         + '{"response": "Wait\u2028wait\u0085é", "benchmark": null}'.encode())  # no last newline
     assert "2.00" in run("odd.jsonl")
 
-
-# ---------------------------------------------------------------------------------- cost
 
 COST = """
 import sys, time, epistemic

@@ -45,15 +45,11 @@ def test_summary_and_table_by_hand():
     assert len(lines) == 6 and len(set(map(len, lines))) == 1  # in columns
 
 
-@pytest.mark.parametrize("model, name", [
-    ("Qwen/Qwen3-8B", "Qwen3-8B"), ("toy/model/", "model"),
-    ("/r/d_ug/checkpoints/step_9/", "d_ug/step_9")])
-def test_a_checkpoint_is_named_after_its_run(model, name):
-    assert evaluate.result_names([model]) == {name: model}
-
-
-def test_two_models_of_one_name_get_two_folders_and_steps_their_order():
-    seeds = [f"runs/seed_{i}/sdpo/checkpoints/step_6" for i in (0, 1)]
+def test_results_are_named_after_runs_and_come_in_the_order_of_steps():
+    for model, name in (("Qwen/Qwen3-8B", "Qwen3-8B"), ("toy/model/", "model"),
+                        ("/r/d_ug/checkpoints/step_9/", "d_ug/step_9")):
+        assert evaluate.result_names([model]) == {name: model}
+    seeds = [f"runs/seed_{i}/sdpo/checkpoints/step_6" for i in (0, 1)]  # of one name
     assert evaluate.result_names(seeds) == dict(zip(seeds, seeds))
     steps = [f"r/checkpoints/step_{n}" for n in (100, 20)]
     assert list(evaluate.result_names([*steps, "base"])) == ["base", "r/step_20", "r/step_100"]

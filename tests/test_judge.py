@@ -5,7 +5,6 @@ import json
 import os
 import re
 import runpy
-import socket
 import subprocess
 import sys
 import threading
@@ -18,7 +17,7 @@ import pytest
 
 import judge
 import kill
-from common import FORKS, ROOT, lines
+from common import FORKS, ROOT, free_port, lines
 
 KEY = "sk-this-must-stay-unseen"
 TEXTS = ["Wait. Hmm, wait.", "So 4.", "Hmm.", "Hmm."]
@@ -115,29 +114,17 @@ def test_what_is_asked_and_what_is_shown(ask, server):
         assert set(body) == {"model", "messages"}  # sampling is the server's
 
 
-def test_nothing_is_asked_twice_and_another_judge_or_text_is(ask, server):
+def test_nothing_is_asked_twice_and_another_judge_or_text_is(ask, server, tmp_path):
+    judged = tmp_path / "a.judged.jsonl"
     ask(TEXTS)
-    assert ask([*TEXTS, "hmm hmm"])[0] == 0 and sum(server.asked.values()) == 4
+    with judged.open("ab") as file:
+        file.write(b'{"hash": "\xff\x00')  # torn by a kill
+    assert ask([*TEXTS, "hmm hmm"])[2] == [0, 1, 2, 3] and sum(server.asked.values()) == 4
     assert ask(TEXTS, "--model", "n")[0] == 0 and server.asked["Hmm."] == 2
-
-
-def test_a_torn_last_line(ask, server, tmp_path):
-    ask(TEXTS[:1])
-    with (tmp_path / "a.judged.jsonl").open("ab") as file:
-        file.write(b'{"hash": "\xff\x00')
-    assert ask(TEXTS[:3])[2] == [0, 1, 3] and server.asked[TEXTS[0]] == 1
-
-
-def test_a_file_of_something_else_is_kept(ask, server, tmp_path):
-    (tmp_path / "a.judged.jsonl").write_text('{"count": 1}\n')
+    judged.write_text('{"count": 1}\n')  # something else, which is kept
     code, said, _ = ask(TEXTS)
     assert code == 2 and "a.judged.jsonl:1: not a judgement" in said
-    assert (tmp_path / "a.judged.jsonl").read_text() == '{"count": 1}\n' and not server.asked
-
-
-def test_a_busy_server_is_asked_again(ask, server):
-    server.trouble = lambda text, n: (429, dict(error=dict(message="busy"))) if n <= 2 else None
-    assert ask(TEXTS)[2] == [0, 1, 3] and set(server.asked.values()) == {3}
+    assert judged.read_text() == '{"count": 1}\n' and sum(server.asked.values()) == 7
 
 
 @pytest.mark.parametrize("answer", [
@@ -146,8 +133,10 @@ def test_a_response_without_a_judgement_is_left_out(ask, server, answer):
     server.trouble = lambda text, _: answer if "Wait" in text else None
     code, said, counts = ask(TEXTS)
     assert code == 0 and counts == [0, 1] and "3 of 4 responses are judged" in said
-    server.trouble = lambda *_: None
-    assert ask(TEXTS)[2] == [0, 1, 3]
+    # a second start asks again, and again while the server is busy
+    server.asked.clear()
+    server.trouble = lambda _, n: (429, dict(error=dict(message="busy"))) if n <= 2 else None
+    assert ask(TEXTS)[2] == [0, 1, 3] and set(server.asked.values()) == {3}
 
 
 def test_what_cannot_work_is_one_line_and_keeps_what_there_is(ask, server):
@@ -188,9 +177,7 @@ def serve(folder, port):
 def test_vllms_own_server(tmp_path, capsys, monkeypatch):
     """The toy answers nonsense; its real answers are what it is asked about."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     server = FORKS.Process(target=serve, args=(tmp_path, port))
     server.start()
     try:

@@ -4,7 +4,6 @@ import json
 import re
 import struct
 import sys
-import zlib
 
 import pandas
 import pytest
@@ -73,12 +72,17 @@ def row(page, name):
 
 def test_numbers_of_one_seed(made, tmp_path):
     run(tmp_path / "runs/sdpo", scores=(0.9, 0.1, 0.2, 0.3, 0.4, 0.5))
+    with open(tmp_path / "runs/sdpo/metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "sco')  # the run goes on
     said, page = made(tmp_path / "runs")
     # training: the last five, .1 to .5; ood: 3 of 4, its error stdev(1, 1, 0, 1) / 2
     assert row(page, "sdpo")[0] == "0.300 ± 0.071" and row(page, "base")[0] == ""
     assert row(page, "sdpo")[3:6] == ["0.750 ± 0.250", "12 ± 1", "0.0 ± 0.0"]
     assert row(page, "base")[3:6] == ["1.000 ± 0.000", "12 ± 1", "2.0 ± 0.0"]
     assert "one seed" in said and "0.750 ± 0.250" in said
+    for path in (tmp_path / "runs/sdpo/eval").iterdir():  # nor has it been evaluated yet
+        path.unlink()
+    assert row(made(tmp_path / "runs")[1], "sdpo")[0] == "0.300 ± 0.071"
 
 
 def test_seeds_are_one_arm(made, tmp_path):
@@ -89,17 +93,11 @@ def test_seeds_are_one_arm(made, tmp_path):
         assert row(page, "sdpo")[3] == "0.750 ± 0.144"  # stdev(1, .75, .5) / sqrt(3)
         assert "3 seeds" in said
     assert {name for name, *_ in report.find([tmp_path / "runs/seed_0/sdpo"])} == {"sdpo"}
+    run(tmp_path / "other/sdpo")  # of one name in two places
+    assert {name for name, *_ in report.find([tmp_path])} == {"runs/sdpo", "other/sdpo"}
     csv = pandas.read_csv(next((tmp_path / "out/figures").glob("*_where_the_runs_ended_*.csv")))
-    (ood,) = csv[(csv.arm == "sdpo") & (csv.benchmark == "ood") & (csv.quantity == "score")].to_dict(
-        "records")
-    assert ood["mean"] == 0.75 and ood["seeds"] == 3 and abs(ood["error"] - 0.144338) < 1e-6
-
-
-def test_runs_of_one_name_in_two_places_are_two_arms(tmp_path):
-    for place in ("a", "b"):
-        run(tmp_path / place / "sdpo")
-    assert [name for name, *_ in report.find([tmp_path])] == ["a/sdpo", "b/sdpo"]
-    assert [name for name, *_ in report.find([tmp_path / "a", tmp_path / "b"])] == ["a/sdpo", "b/sdpo"]
+    ood = csv.set_index(["arm", "benchmark", "quantity"]).loc["sdpo", "ood", "score"]
+    assert ood["mean"] == 0.75 and ood.seeds == 3 and abs(ood.error - 0.144338) < 1e-6
 
 
 def test_a_benchmark_that_only_sft_has(made, tmp_path):
@@ -123,29 +121,15 @@ def test_contexts(made, tmp_path):
     assert "unguided" in said and "Figure 9" in page and "Where the runs ended" not in page
 
 
-def test_a_run_that_goes_on(made, tmp_path):
-    run(tmp_path / "sdpo")
-    with open(tmp_path / "sdpo/metrics.jsonl", "a") as f:
-        f.write('{"step": 3, "sco')
-    assert row(made(tmp_path / "sdpo")[1], "sdpo")[0] == "0.375 ± 0.125"
-    for path in (tmp_path / "sdpo/eval").iterdir():  # nor has it been evaluated yet
-        path.unlink()
-    assert row(made(tmp_path / "sdpo")[1], "sdpo")[0] == "0.375 ± 0.125"
-
-
 @pytest.mark.parametrize("file, text, said", [
-    ("metrics.jsonl", '{"step": 1, "sco\n{}\n', "metrics.jsonl, row 1: no whole JSON"),
-    ("metrics.jsonl", '{"step": 1, "score": 1, "epistemic": 1}\n', "metrics.jsonl, row 1: no object "
-     "with score, length, epistemic"),
-    ("eval/step_2.json", '{"ood": {"score": 1', "step_2.json: no whole JSON"),
-    ("eval/step_2.json", '{"ood": {"score": 1}}', "step_2.json: no object with score, length"),
-    ("eval/step_2.json", "[]", "step_2.json: no object"),
-    ("eval/step_2.jsonl", '{"index": 0, "corr', "step_2.jsonl, row 1: no whole JSON"),
-    ("eval/step_2.jsonl", '{"index": 0, "benchmark": "ood"}\n', "step_2.jsonl, row 1: no object with "
-     "index, correct, tokens"),
-    ("eval/step_2.jsonl", "", "step_2.jsonl: holds no answers to ood"),
-    ("summary.json", '{"models": 3}', "summary.json: no object"),
-    ("token_kl.json", '{"3": {"text": "x"}}', "token_kl.json: no object with text, kl, count")])
+    ("metrics.jsonl", '{"step": 1, "sco\n{}\n', ", row 1: no whole JSON"),
+    ("metrics.jsonl", '{"step": 1, "score": 1}\n', ", row 1: no object with score, length"),
+    ("eval/step_2.json", '{"ood": {"score": 1', ": no whole JSON"),
+    ("eval/step_2.json", "[]", ": no object"),
+    ("eval/step_2.jsonl", '{"index": 0, "benchmark": "ood"}\n', ", row 1: no object with index"),
+    ("eval/step_2.jsonl", "", ": holds no answers to ood"),
+    ("summary.json", '{"models": 3}', ": no object"),
+    ("token_kl.json", '{"3": {"text": "x"}}', ": no object with text, kl, count")])
 def test_what_is_cut_in_half_is_named(tmp_path, monkeypatch, file, text, said):
     """One line with file and row, exit code 2, and nothing written."""
     run(tmp_path / "sdpo")
@@ -153,8 +137,10 @@ def test_what_is_cut_in_half_is_named(tmp_path, monkeypatch, file, text, said):
     report.counted.cache_clear()
     monkeypatch.setattr(report.Page, "figure", lambda *_, **__: None)
     monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path)])
-    assert said in refusal(report.main)
+    assert file + said in refusal(report.main)
     assert {p.name for p in tmp_path.iterdir()} == {"sdpo"}
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path / "sdpo/none")])
+    assert "no metrics.jsonl and no summary.json" in refusal(report.main)
 
 
 def test_what_is_not_its_own_stays(made, tmp_path):
@@ -167,18 +153,13 @@ def test_what_is_not_its_own_stays(made, tmp_path):
     evaluation(tmp_path / "sdpo/eval", {"model": (1, 1)})
     made(tmp_path)
     assert (out / "figures/001_mine.png").read_text() == "mine"
-    names = {p.name for p in (out / "figures").iterdir()} - {"001_mine.png"}
-    assert names != old and names == {"written.json"} | {
-        name.split("/")[1] for name in json.loads((out / "figures/written.json").read_text())
-        if "/" in name}
-    before = {p: zlib.crc32(p.read_bytes()) for p in out.rglob("*") if p.is_file()}
-    for name in ("report.html", "report.png", f"figures/{sorted(names)[0]}"):
-        kept = (out / name).read_bytes()
-        (out / name).write_text("edited")
-        assert f"{name} is not report.py's own" in refusal(made, tmp_path)
-        assert (out / name).read_text() == "edited"
-        (out / name).write_bytes(kept)
-    assert before == {p: zlib.crc32(p.read_bytes()) for p in out.rglob("*") if p.is_file()}
+    written = {out / name for name in json.loads((out / "figures/written.json").read_text())}
+    names = {*out.rglob("*.*")} - {out / "figures/001_mine.png", out / "figures/written.json"}
+    assert names == written and {p.name for p in names} - old
+    (out / "report.html").write_text("edited")
+    before = {p: p.read_bytes() for p in out.rglob("*.*")}
+    assert "report.html is not report.py's own" in refusal(made, tmp_path)
+    assert before == {p: p.read_bytes() for p in out.rglob("*.*")}
 
 
 def test_claims(made, tmp_path):
@@ -226,11 +207,11 @@ def test_traces(made, tmp_path):
     assert traces[0].count("<mark>") == epistemic.count("Wait, maybe 3. Unlikely WAIT checking")
 
 
-def test_the_page_stays_small_with_thousands_of_answers(made, tmp_path):
-    run(tmp_path / "sdpo", ood=(1, 0) * 1000, text="wait " * 300)
-    write(tmp_path / "sdpo/eval/step_0.jsonl", *answers("ood", (1,) * 2000, "maybe " * 300))
+def test_the_page_stays_small_with_many_answers(made, tmp_path):
+    run(tmp_path / "sdpo", ood=(1, 0) * 200, text="wait " * 300)
+    write(tmp_path / "sdpo/eval/step_0.jsonl", *answers("ood", (1,) * 400, "maybe " * 300))
     _, page = made(tmp_path / "sdpo")
-    assert len(page) < 200_000 and "1000 of 2000 questions" in page
+    assert len(page) < 100_000 and "200 of 400 questions" in page
 
 
 def test_changes_of_words(tmp_path):
@@ -278,17 +259,15 @@ def test_table_6(made, tmp_path):
 
 def test_pictures(made, tmp_path):
     """Every kind of drawing once."""
-    for seed in (0, 1):
-        for size in (8, 64):
-            run(tmp_path / f"runs/seed_{seed}/sdpo_{size}", num_questions=size)
-            run(tmp_path / f"runs/seed_{seed}/shield_{size}", remedy="shield")
+    for size in (8, 64):
+        run(tmp_path / f"runs/sdpo_{size}", num_questions=size)
+    run(tmp_path / "runs/shield_8", remedy="shield")
     _, page = made(tmp_path / "runs", draw=True)
     pictures = sorted((tmp_path / "out/figures").glob("*.png"))
     assert page.count("data:image/png;base64,iVBOR") == len(pictures)
-    kinds = " ".join(path.name for path in pictures)
     for kind in ("figure_7_score_in_training", "figure_8_score_out_of_dist", "figure_11_words",
                  "remedies_score_out"):
-        assert kind in kinds
+        assert kind in " ".join(path.name for path in pictures)
     for file in [*pictures, tmp_path / "out/report.png"]:
         width, height = struct.unpack(">II", file.read_bytes()[16:24])
         assert width >= 500 and height >= 150
@@ -301,8 +280,3 @@ def test_a_band_goes_from_the_lowest_seed_to_the_highest():
     assert {tuple(p) for p in axis.collections[0].get_paths()[0].vertices} == {
         (0, 1), (0, 3), (1, 2)}
     report.pyplot.close()
-
-
-def test_nothing_to_report(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path)])
-    assert "no metrics.jsonl and no summary.json" in refusal(report.main)

@@ -4,6 +4,7 @@ Whole runs that are killed: test_end_to_end.py, and tests/kill.py for as long as
 """
 import json
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -109,43 +110,27 @@ def cut(path):
 def test_one_that_does_not_load_is_named(run, tokenizer, name, harm):
     trained = make()
     for number in (1, 2):
-        step(*trained)
         save(*trained, number, tokenizer, run)
-        if number == 1:
-            first = [p.detach().clone() for p in trained[0].parameters()]
     newest = run / "checkpoints/step_2"
     harm(newest / "trainer_state" / name)
     with pytest.raises(SystemExit, match=f"error: {newest} does not load: remove it, and the same"):
         load(run)
     newest.rename(run / "removed")  # as that line says
-    model, _, done = load(run)
-    assert done == 1 and all(map(torch.equal, model.parameters(), first))
-    save(*trained, 2, tokenizer, run)  # the run comes here again
-    assert load(run)[2] == 2
+    assert load(run)[2] == 1
 
 
-def test_a_half_written_one_is_none(run, tokenizer):
-    trained = make()
-    save(*trained, 1, tokenizer, run)
-    saved = run / "checkpoints/step_1"
-    (run / "checkpoints/step_3.part").mkdir()
-    for part in saved.iterdir():  # killed between the last byte and the renaming
-        (run / "checkpoints/step_3.part" / part.name).symlink_to(part)
-    (run / "checkpoints/step_2/trainer_state").mkdir(parents=True)  # killed while that is removed
-    assert sdpo.resumable(run) == [1] and load(run)[2] == 1
-    save(*trained, 3, tokenizer, run)
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step_1", "step_2", "step_3"]
-    assert load(run)[2] == 3
-
-
-def test_weights_of_all_checkpoints_stay_and_the_state_of_two(run, tokenizer):
+def test_the_newest_whole_one_counts_and_all_weights_stay(run, tokenizer):
     trained = make()
     for number in (8, 9, 10, 11):  # 10 is after 9, whatever the alphabet says
         save(*trained, number, tokenizer, run)
-    folders = sorted((run / "checkpoints").iterdir(), key=lambda p: int(p.name[5:]))
-    assert [p.name for p in folders] == ["step_8", "step_9", "step_10", "step_11"]
-    assert all((p / "model.safetensors").exists() for p in folders)
+    folders = [run / f"checkpoints/step_{number}" for number in (8, 9, 10, 11)]
+    assert all((folder / "model.safetensors").exists() for folder in folders)
     assert [(p / "trainer_state").exists() for p in folders] == [False, False, True, True]
+    folders[-1].rename(run / "checkpoints/step_11.part")  # killed before the renaming
+    (folders[0] / "trainer_state").mkdir()  # killed while that is removed
+    assert sdpo.resumable(run) == [10] and load(run)[2] == 10
+    save(*trained, 11, tokenizer, run)
+    assert load(run)[2] == 11 and sorted((run / "checkpoints").iterdir()) == sorted(folders)
 
 
 def test_metrics_after_the_checkpoint_go(run, tokenizer):
@@ -185,37 +170,28 @@ def command(run_dir, *flags):
             "--max_response_tokens", 64, "--steps", 5, "--run_dir", run_dir, *flags]
 
 
+def begin(run_dir, *flags):
+    """Up to where main() starts a process group."""
+    args = sdpo.make_parser().parse_args([*map(str, command(run_dir, *flags))])
+    sdpo.begin_run(args, ROOT / "toy/model")
+    return lines(run_dir / "config.json")[0]
+
+
 @pytest.fixture
 def begun(tmp_path, tokenizer, alone, monkeypatch):
     """The folder of a run that has one checkpoint."""
     monkeypatch.setattr(sys, "argv", ["sdpo.py"])
-    sdpo.begin_run(sdpo.make_parser().parse_args([*map(str, command(tmp_path / "run"))]),
-                   ROOT / "toy/model")
+    begin(tmp_path / "run")
     save(*make(), 1, tokenizer, tmp_path / "run")
     return tmp_path / "run"
 
 
-class Accepted(Exception):
-    """main() has read its flags."""
-
-
-def run_main(monkeypatch, argv):
-    """main() up to where it starts a process group, or to its end."""
-    def accept():
-        raise Accepted
-    monkeypatch.setattr(sys, "argv", ["sdpo.py", *map(str, argv)])
-    monkeypatch.setattr(sdpo, "start_process_group", accept)
-    sdpo.main()
-
-
-def test_the_same_command_resumes_and_steps_may_grow(begun, monkeypatch):
-    with pytest.raises(Accepted):
-        run_main(monkeypatch, command(begun))
-    (config,) = lines(begun / "config.json")
+def test_the_same_command_resumes_and_steps_may_grow(begun):
+    config = begin(begun)
     assert config["script"] == "sdpo.py" and config["world_size"] == 1 and config["lr"] == 1e-5
-    with pytest.raises(Accepted):
-        run_main(monkeypatch, command(begun, "--steps", 7))
-    assert lines(begun / "config.json")[0]["steps"] == 7
+    assert begin(begun, "--steps", 7)["steps"] == 7
+    (begun / "checkpoints/step_1").rename(begun / "checkpoints/step_1.part")
+    assert begin(begun, "--lr", "1e-4")["lr"] == 1e-4  # killed before its first checkpoint: anew
 
 
 def test_other_flags_are_named_and_nothing_is_overwritten(begun, monkeypatch):
@@ -241,21 +217,15 @@ def test_one_process_trains_in_a_folder(tmp_path, monkeypatch):
     assert "another process trains in it" in refusal_of_main(sdpo, monkeypatch, command(tmp_path))
     other.kill()  # its lock goes with it
     other.communicate()
-    with pytest.raises(Accepted):
-        run_main(monkeypatch, command(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["sdpo.py"])
+    assert begin(tmp_path)["steps"] == 5
 
 
 def test_a_finished_run_says_so(begun, monkeypatch, capsys):
     sdpo.write_lines(begun / "eval/step_5.json", [{}])
-    run_main(monkeypatch, command(begun))
+    monkeypatch.setattr(sys, "argv", ["sdpo.py", *map(str, command(begun))])
+    sdpo.main()
     assert f"{begun} has finished its 5 steps; more --steps continue it" in capsys.readouterr().out
-
-
-def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(begun, monkeypatch):
-    (begun / "checkpoints/step_1").rename(begun / "checkpoints/step_1.part")
-    with pytest.raises(Accepted):
-        run_main(monkeypatch, command(begun, "--lr", "1e-4"))
-    assert lines(begun / "config.json")[0]["lr"] == 1e-4
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path, monkeypatch):
@@ -263,16 +233,13 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, monkeypatch):
     line = refusal_of_main(sdpo, monkeypatch, command(tmp_path))
     assert f"--run_dir {tmp_path} holds something else" in line
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+    line = refusal_of_main(sdpo, monkeypatch, command(tmp_path / "notes.txt/run"))
+    assert f"{tmp_path}/notes.txt" in line  # permissions would not hold for root
 
 
-def test_ranks_that_start_at_once_do_not_refuse_each_other(tmp_path, monkeypatch):
+def test_ranks_that_start_at_once_do_not_refuse_each_other(begun, monkeypatch):
     """One finds the folder while the first writes config.json aside."""
-    (tmp_path / "config.json.part").write_text("{")
+    (begun / "config.json").rename(begun / "config.json.part")
+    shutil.rmtree(begun / "checkpoints")
     monkeypatch.setenv("RANK", "1")
-    sdpo.begin_run(sdpo.make_parser().parse_args([*map(str, command(tmp_path))]), "model")
-
-
-def test_a_folder_that_cannot_be_made(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("mine")  # permissions would not hold for root
-    line = refusal_of_main(sdpo, monkeypatch, command(tmp_path / "file/run"))
-    assert f"{tmp_path}/file" in line
+    sdpo.begin_run(sdpo.make_parser().parse_args([*map(str, command(begun))]), "model")
