@@ -40,6 +40,7 @@ REMEDIES = {  # rate, that of what it is nearer to, SDPO or GRPO; the default st
     "antisd": (LR / 2, (0.5, 0.2, 1)), "rlrt": (LR / 2, (0.5, 0.2, 1)),
     "mixture": (LR / 2, (0.9, 0.5, 0.99)), "shield": (LR, (1, 0.5, 0.9)),
     "shield_kl": (LR, (0.2, 0.1, 0.4)), "entropy_gate": (LR, (0.5, 0.25, 1)),
+    "rlcsd": (LR / 2, (0.5, 0.2, 1)), "dasd": (LR / 2, (0.5, 0.2, 1)),
 }
 
 
