@@ -1,18 +1,18 @@
-"""App. B.5's judge: what it says is read, asked once, kept; against a server of the test's own and
-against vLLM's."""
+"""App. B.5's judge: what it says is read, asked once, kept; with a client of the test's own, and
+against vLLM's server."""
 import contextlib
 import json
 import os
 import re
 import runpy
-import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
+import httpx
+import openai
 import pytest
 
 import judge
@@ -21,66 +21,43 @@ from common import FORKS, ROOT, free_port, lines
 
 KEY = "sk-this-must-stay-unseen"
 TEXTS = ["Wait. Hmm, wait.", "So 4.", "Hmm.", "Hmm."]
-
-
-def reply(content):
-    return dict(id="1", object="chat.completion", created=1, model="m", choices=[dict(
-        index=0, finish_reason="stop", message=dict(role="assistant", content=content))])
-
-
-class Server(ThreadingHTTPServer):
-    """Counts `wait` and `hmm`, if trouble(text, attempt) is not the (status, body) to answer."""
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.trouble, self.asked, self.bodies = lambda *_: None, Counter(), []
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
-
-    def handle_error(self, *_):
-        """A client that has given up."""
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        text = body["messages"][-1]["content"]
-        self.server.asked[text] += 1
-        self.server.bodies.append((self.path, self.headers["Authorization"], body))
-        quotes = re.findall("wait|hmm", text.lower())
-        good = reply("Sure! ```json\n" + json.dumps(dict(count=len(quotes), examples=quotes)))
-        status, answer = self.server.trouble(text, self.server.asked[text]) or (200, good)
-        data = json.dumps(answer).encode()
-        self.send_response(status)
-        for name, value in (("Content-Type", "application/json"), ("Content-Length", len(data)),
-                            ("retry-after-ms", "1")):
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
+TOO_LONG = openai.BadRequestError("too long", body=None, response=httpx.Response(
+    400, request=httpx.Request("POST", "http://here")))
 
 
 @pytest.fixture
 def server(monkeypatch):
+    """Stands for OpenAI's client; counts `wait` and `hmm`, if there is no trouble(text), what it
+    says else or raises."""
+    server = SimpleNamespace(trouble=lambda _: None, asked=Counter(), bodies=[])
+
+    def create(**body):
+        text = body["messages"][-1]["content"]
+        server.asked[text] += 1
+        server.bodies.append(body)
+        quotes = re.findall("wait|hmm", text.lower())
+        said = server.trouble(text) or "Sure! ```json\n" + json.dumps(
+            dict(count=len(quotes), examples=quotes))
+        if isinstance(said, Exception):
+            raise said
+        return SimpleNamespace(choices=[SimpleNamespace(message=SimpleNamespace(content=said))])
+
+    def client(base_url, api_key, max_retries, timeout):
+        assert (base_url, api_key) == ("http://here/v1", KEY)
+        return SimpleNamespace(chat=SimpleNamespace(completions=SimpleNamespace(create=create)))
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with Server() as server:
-        threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.01)).start()
-        yield server
-        server.shutdown()
+    monkeypatch.setattr(openai, "OpenAI", client)
+    return server
 
 
 @pytest.fixture
 def ask(server, tmp_path, capsys):
     """ask(texts, *flags): (exit code, what is printed, {expression count of each judgement})."""
     def run(texts, *flags):
-        path = tmp_path / "a.jsonl"
+        path, code = tmp_path / "a.jsonl", 0
         path.write_text("".join(json.dumps(dict(response=text)) + "\n" for text in texts))
-        code = 0
         try:
-            judge.main([str(path), "--url", server.url, "--model", "m", *flags])
+            judge.main([str(path), "--url", "http://here/v1", "--model", "m", *flags])
         except SystemExit as end:
             code = end.code
         out, err = capsys.readouterr()
@@ -108,8 +85,7 @@ def test_what_is_asked_and_what_is_shown(ask, server):
     table = {line[:28].strip(): line[28:].split() for line in said.splitlines() if line[28:]}
     assert table["mean (Table 5)"] == ["1.25"] and table["responses"] == ["4"]
     assert table["least, quartiles, most"] == ["0", "1", "1", "1", "3"]
-    for path, authorization, body in server.bodies:
-        assert path == "/v1/chat/completions" and authorization == f"Bearer {KEY}"
+    for body in server.bodies:
         assert body["messages"][0] == dict(role="system", content=judge.JUDGE_PROMPT)
         assert set(body) == {"model", "messages"}  # sampling is the server's
 
@@ -127,40 +103,28 @@ def test_nothing_is_asked_twice_and_another_judge_or_text_is(ask, server, tmp_pa
     assert judged.read_text() == '{"count": 1}\n' and sum(server.asked.values()) == 7
 
 
-@pytest.mark.parametrize("answer", [
-    (200, reply("nonsense")), (200, reply(None)), (400, dict(error=dict(message="too long")))])
+@pytest.mark.parametrize("answer", ["nonsense", TOO_LONG])
 def test_a_response_without_a_judgement_is_left_out(ask, server, answer):
-    server.trouble = lambda text, _: answer if "Wait" in text else None
+    server.trouble = lambda text: answer if "Wait" in text else None
     code, said, counts = ask(TEXTS)
     assert code == 0 and counts == [0, 1] and "3 of 4 responses are judged" in said
-    # a second start asks again, and again while the server is busy
-    server.asked.clear()
-    server.trouble = lambda _, n: (429, dict(error=dict(message="busy"))) if n <= 2 else None
-    assert ask(TEXTS)[2] == [0, 1, 3] and set(server.asked.values()) == {3}
+    server.trouble = lambda _: None
+    assert ask(TEXTS)[2] == [0, 1, 3]  # a second start asks again
 
 
-def test_what_cannot_work_is_one_line_and_keeps_what_there_is(ask, server):
-    server.trouble = lambda text, _: text != "hmm" and (
-        401, dict(error=dict(message=f"Wrong\nkey {KEY}")))
-    code, said, counts = ask(["hmm", *map(str, range(50))])
-    assert code == 2 and counts == [1] and "Error code: 401" in said and "***" in said
-    assert said.count("judge.py: error") == 1
+def test_what_cannot_work_is_one_line_and_keeps_what_there_is(ask, server, tmp_path):
+    """Judgements are in the file as they come, for a run that is killed."""
+    judged = tmp_path / "a.judged.jsonl"
+
+    def trouble(text):
+        for _ in range(1000 if text == "last" else 0):
+            if judged.read_bytes().count(b"\n") == 3:
+                return ValueError(f"Wrong\nkey {KEY}")
+            time.sleep(0.01)
+    server.trouble = trouble
+    code, said, counts = ask(["hmm", "wait", "4", "last"])
+    assert code == 2 and counts == [0, 1, 1] and said.count("judge.py: error: Wrong key ***") == 1
     assert ask(TEXTS, "--field", "draft")[1].count("no field draft") == 1
-
-
-def test_a_killed_run_resumes(ask, server, tmp_path):
-    texts, judged = [f"hmm {i}" for i in range(60)], tmp_path / "a.judged.jsonl"
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(dict(text=t)) + "\n" for t in texts))
-    server.trouble = lambda *_: time.sleep(0.1)
-    job = subprocess.Popen([sys.executable, ROOT / "judge.py", tmp_path / "a.jsonl", "--url",
-                            server.url, "--model", "m"])
-    while not judged.exists() or judged.read_bytes().count(b"\n") < 5:
-        assert job.poll() is None
-        time.sleep(0.02)
-    job.kill()
-    job.wait()
-    server.trouble = lambda *_: None
-    assert ask(texts)[2] == [1] * 60 and sum(server.asked.values()) < 90
 
 
 def serve(folder, port):
