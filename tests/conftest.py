@@ -14,7 +14,7 @@ os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "vllm: starts vLLM; `make quick` leaves it out")
-    config.addinivalue_line("markers", "slow: thousands of answers graded; so does it these")
+    config.addinivalue_line("markers", "slow: seconds each; so does it these")
 
 
 def pytest_collection_finish(session):

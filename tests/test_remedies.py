@@ -303,6 +303,7 @@ def measure(remedy, folder):
     return gradient_of(remedies, args_of(remedy, run_dir=folder), toy(), moved=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remedy", remedies.REMEDIES)
 def test_two_ranks_give_the_gradient_of_one(tmp_path, alone, remedy):
     (tmp_path / "metrics.jsonl").write_text('{"teacher_entropy": 1e-3}\n' * 5)  # AntiSD: g = 1
@@ -314,6 +315,7 @@ def test_two_ranks_give_the_gradient_of_one(tmp_path, alone, remedy):
     assert one[1].get("gate") == (1 if remedy == "antisd" else None)
 
 
+@pytest.mark.slow
 def test_at_the_ends_of_the_strength_it_is_sdpo_or_grpo(alone, tmp_path):
     def of(remedy, strength, **more):
         flags = dict(alpha=0.5, clip_high=0.28, run_dir=tmp_path, strength=strength)

@@ -311,6 +311,7 @@ def children():
             if path.exists() and int(path.read_text().rpartition(")")[2].split()[1]) == os.getpid()}
 
 
+@pytest.mark.slow
 def test_a_timeout_costs_one_answer():
     with Verifier(workers=2, timeout=4.0) as own:
         pairs = [ALGEBRA, (r"\sqrt{5}", ENDLESS), ("x^2-1", "(x-1)(x+1)"), ("x^2-4", "(x-1)(x+1)")]
@@ -341,6 +342,7 @@ def test_a_memory_hog_is_stopped():
         assert grade(own, [(r"\sqrt{5}", r"\sqrt{2^{2^{34}}+1}"), ALGEBRA]) == [0.0, 1.0]
 
 
+@pytest.mark.slow
 def test_no_process_is_left_after_close():
     before = children()
     own = Verifier(workers=2, timeout=1.0)
@@ -352,6 +354,7 @@ def test_no_process_is_left_after_close():
     assert children() == before  # no zombie either: a zombie is still a child
 
 
+@pytest.mark.slow
 def test_an_interrupt_leaves_no_late_verdict():
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from verifier import Verifier\n"
             "own = Verifier(workers=1, timeout=8); print('begun', flush=True)\n"
@@ -365,6 +368,7 @@ def test_an_interrupt_leaves_no_late_verdict():
     assert run.communicate(timeout=60)[0].split("\n")[:2] == ["interrupted", "[1.0]"]
 
 
+@pytest.mark.slow
 def test_a_busy_worker_dies_after_its_killed_parent():
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from verifier import Verifier\n"
             "own = Verifier(workers=1, timeout=4); own.verify([r'\\boxed{x+1+0}'], ['1+x'])\n"
