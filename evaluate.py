@@ -74,7 +74,8 @@ def make_parser():
     add("--top_k", type=number(int, 0), help="default: Table 11, by family; 0: all tokens")
     add("--max_prompt_tokens", type=count, default=2048, help="longer prompts are dropped")
     add("--max_response_tokens", type=count, default=38912, help="longer answers are cut")
-    add("--gpu_memory_utilization", type=share, default=0.9, help="vLLM's share of the GPU")
+    add("--gpu_memory_utilization", type=number(float, 0.01, 1), default=0.9,
+        help="vLLM's share of the GPU")
     add("--out", default="runs/eval", help="folder of the results; finished ones are kept")
     add("--seed", type=number(int, 0), default=0, help="of sampling")
     return parser

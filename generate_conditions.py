@@ -77,7 +77,8 @@ def make_parser():
     add("--max_prompt_tokens", type=count, default=2048, help="longer prompts are dropped")
     add("--max_response_tokens", type=count, default=32768, help="longer answers are cut")
     add("--questions_per_round", type=count, default=512, help="(ours) results written after each")
-    add("--gpu_memory_utilization", type=share, default=0.9, help="(ours) vLLM's share of the GPU")
+    add("--gpu_memory_utilization", type=number(float, 0.01, 1), default=0.9,
+        help="(ours) vLLM's share of the GPU")
     add("--out", default="runs/conditions", help="(ours) a new folder, or one to resume")
     add("--seed", type=number(int, 0), default=0, help="of sampling")
     return parser

@@ -89,7 +89,8 @@ def make_parser():
     add("--warmup_steps", type=number(int, 0), default=10, help="steps of linear warm-up")
     add("--tokens_per_micro_batch", type=count, default=24576, help="(ours) padding included")
     add("--recompute_layers", action=switch, default=True, help="(ours) without: faster, bigger")
-    add("--gpu_memory_utilization", type=share, default=0.7, help="(ours) vLLM's while it samples")
+    add("--gpu_memory_utilization", type=number(float, 0.01, 1), default=0.7,
+        help="(ours) vLLM's while it samples")
     add("--run_dir", default="runs/grpo", help="a new folder, or a run to resume")
     add("--seed", type=number(int, 0), default=0, help="of data order and rollouts")
     add("--eval_data", nargs="*", default=["aime24"], help="or aime25 amc23 math500, ids, files")
