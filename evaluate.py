@@ -159,10 +159,10 @@ def table(models):
 
 def read_result(path, key):
     """The finished records of a benchmark, if they belong to these weights, data and flags."""
-    belongs_to = path.with_suffix(".key")
+    key_file = path.with_suffix(".key")
     if not path.exists():
         return None
-    if not belongs_to.exists() or belongs_to.read_text() != f"{key} {path.stat().st_size}":
+    if not key_file.exists() or key_file.read_text() != f"{key} {path.stat().st_size}":
         return say(f"{path} is of other weights, data or flags, or not whole: evaluated again")
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -225,8 +225,8 @@ def main():
                 records = sample_benchmark(llm, verifier, benchmarks[name], name, sampling, args)
                 if dist.get_rank() == 0:
                     write_lines(path, records)
-                    belongs_to = f"{keys[model, name]} {path.stat().st_size}"
-                    path.with_suffix(".key").write_text(belongs_to)
+                    key = f"{keys[model, name]} {path.stat().st_size}"
+                    path.with_suffix(".key").write_text(key)
             rows[model][name] = summarise(records, args.samples)
             say(f"{model}  {name}  {rows[model][name]['score']:.3f}")
     say("\n" + table(rows))
@@ -244,9 +244,11 @@ def main():
 def render(tokenizer, messages, enable_thinking):
     """Token ids of a chat up to where the answer begins (Table 12); the template writes any BOS.
 
-    A control token that a message spells, such as <|im_end|>, stays text: a space breaks it.
+    A control token in a message, such as <|im_end|>, is broken by a space, so that it stays text.
+    Not <think>: a demonstration needs it.
     """
-    control = "|".join(re.escape(t) for t in tokenizer.get_added_vocab() if "think" not in t)
+    control = "|".join(re.escape(t.content) for t in tokenizer.added_tokens_decoder.values()
+                       if t.special or re.search("[|｜]", t.content))
     messages = [dict(m, content=re.sub(control or "(?!)", lambda t: f"{t[0][0]} {t[0][1:]}",
                                        m["content"])) for m in messages]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
@@ -370,10 +372,10 @@ class progress(tqdm):
 # --- files and processes -------------------------------------------------------------------------
 
 def fingerprint(*sources):
-    """Name, size and time of change of the files: data, and the weights in a model's folder."""
+    """Name, size and modification time of the files: data, and weights in a model's folder."""
     files = [file for source in map(Path, sources)
              for file in (sorted(source.glob("*.safetensors")) if source.is_dir() else [source])]
-    return [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}"
+    return [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}"
             for file in files if file.is_file()]
 
 def write_lines(path, rows):

@@ -87,7 +87,7 @@ def check_args(args, path):
     """The rounds in --out belong to one model, its data and flags; `path` is the model's folder."""
     if not 0 < args.accuracy[0] <= args.accuracy[1]:
         raise ValueError(f"--accuracy {args.accuracy}: 0 < LOW <= HIGH; s is a correct answer")
-    config = dict(vars(args), inputs=fingerprint(path, args.data))
+    config = dict(vars(args), files=fingerprint(path, args.data))
     file = Path(args.out, "config.json")
     began = json.loads(file.read_text()) if file.exists() else config
     changed = [f"--{name} was {began.get(name)}" for name, value in config.items()
@@ -143,9 +143,11 @@ def prompt_of(question, context, tokenizer, args):
 def render(tokenizer, messages, enable_thinking):
     """Token ids of a chat up to where the answer begins (Table 12); the template writes any BOS.
 
-    A control token that a message spells, such as <|im_end|>, stays text: a space breaks it.
+    A control token in a message, such as <|im_end|>, is broken by a space, so that it stays text.
+    Not <think>: a demonstration needs it.
     """
-    control = "|".join(re.escape(t) for t in tokenizer.get_added_vocab() if "think" not in t)
+    control = "|".join(re.escape(t.content) for t in tokenizer.added_tokens_decoder.values()
+                       if t.special or re.search("[|｜]", t.content))
     messages = [dict(m, content=re.sub(control or "(?!)", lambda t: f"{t[0][0]} {t[0][1:]}",
                                        m["content"])) for m in messages]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
@@ -445,10 +447,10 @@ def load_model(path, device):
 # --- files and processes -------------------------------------------------------------------------
 
 def fingerprint(*sources):
-    """Name, size and time of change of the files: data, and the weights in a model's folder."""
+    """Name, size and modification time of the files: data, and weights in a model's folder."""
     files = [file for source in map(Path, sources)
              for file in (sorted(source.glob("*.safetensors")) if source.is_dir() else [source])]
-    return [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}"
+    return [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}"
             for file in files if file.is_file()]
 
 def write_lines(path, rows):

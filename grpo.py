@@ -111,9 +111,11 @@ def check_args(args):
 def render(tokenizer, messages, enable_thinking):
     """Token ids of a chat up to where the answer begins (Table 12); the template writes any BOS.
 
-    A control token that a message spells, such as <|im_end|>, stays text: a space breaks it.
+    A control token in a message, such as <|im_end|>, is broken by a space, so that it stays text.
+    Not <think>: a demonstration needs it.
     """
-    control = "|".join(re.escape(t) for t in tokenizer.get_added_vocab() if "think" not in t)
+    control = "|".join(re.escape(t.content) for t in tokenizer.added_tokens_decoder.values()
+                       if t.special or re.search("[|｜]", t.content))
     messages = [dict(m, content=re.sub(control or "(?!)", lambda t: f"{t[0][0]} {t[0][1:]}",
                                        m["content"])) for m in messages]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
@@ -204,7 +206,7 @@ class Rollout:
     text: str
     finished: bool  # False: cut at --max_response_tokens
     reward: float  # 1 correct, 0 not
-    advantage: float = 0.0  # 0: its group is all right or all wrong
+    advantage: float = 0.0  # 0: all rewards of its group are equal
     weight: float = 0.0  # of each of its tokens in the loss
     old_logprobs: torch.Tensor | None = None  # (T,) the trainer's at the step's start
 
@@ -223,7 +225,7 @@ def sample_groups(llm, verifier, questions, step, args):
         group = [Rollout(row, question["prompt_ids"], list(o.token_ids), o.logprobs.logprobs,
                          o.text, o.finish_reason == "stop", o.reward) for o in outputs]
         for r in group:
-            r.reward *= r.finished  # a cut answer earns nothing, whatever box it holds so far
+            r.reward *= r.finished  # a cut answer earns nothing, whatever it has boxed
         for r, advantage in zip(group, group_advantages([r.reward for r in group])):
             r.advantage = advantage
         rollouts += group
@@ -234,8 +236,8 @@ def sample_groups(llm, verifier, questions, step, args):
 def my_micro_batches(rollouts, token_budget):
     """This rank's micro-batches: similar lengths together, as many as fit the budget once padded.
 
-    Every world_size-th, so that all ranks have similar lengths. All need the same number: the last
-    ranks may get a copy with weight 0.
+    A rank takes every world_size-th, so that all have similar lengths. DDP needs the same number on
+    each: the last ranks may get a copy with weight 0.
     """
     batches, ranks = [], dist.get_world_size()
     for r in sorted(rollouts, key=lambda r: r.tokens()):
@@ -309,7 +311,7 @@ def update(ddp, optimizer, rollouts, lr):
     """
     args, device = ddp.module.args, ddp.module.model.device
     minibatches = split_into_minibatches(rollouts, args)
-    # the first update starts from the step's own weights; for the later ones they are remembered
+    # the first update starts from the step's own weights; for later ones its log-probabilities stay
     remember_logprobs(ddp.module, itertools.chain(*minibatches[1:]))
     norms, mismatch_max = [], torch.zeros((), device=device)
     sums = torch.zeros(4, dtype=torch.float64)  # of all ranks: loss, tokens, mismatch, clipped
@@ -340,7 +342,7 @@ def update(ddp, optimizer, rollouts, lr):
         sums += mine.cpu()
         if sums[2] > MISMATCH_LIMIT * sums[1]:
             sys.exit(f"error: vLLM's log-probabilities are {sums[2] / sums[1]:.3g} a token off the "
-                     "trainer's: it samples from old weights. This update was not made.")
+                     "trainer's: has it old weights? This update was not made.")
         norms.append(optimizer.step(lr, max_norm=1.0))  # Table 8
     bar.close()
     dist.all_reduce(mismatch_max, dist.ReduceOp.MAX)
@@ -518,10 +520,10 @@ def log(args, step, rollouts, metrics, seconds):
     if m["skipped"]:
         say(f"  {m['skipped']} updates skipped: the gradient was not finite")
     if not m["trained"]:
-        say("  no update: every group is all right or all wrong")
+        say("  no update: in each group all rewards are equal")
         last = [json.loads(line)["trained"] for line in path.read_text().splitlines()[-10:]]
         if len(last) == 10 and not any(last):
-            say("  nor in nine steps before: score 0, is the answers' column right? 1, too easy?")
+            say("  nor in ten steps. Score 0: is the answer column right? 1: questions too easy")
 
 class progress(tqdm):
     """A bar that leaves no line on a terminal; elsewhere it writes once a minute at most."""
@@ -610,7 +612,7 @@ class MasterAdamW:
 
     @torch.no_grad()
     def step(self, lr, max_norm):
-        """Clips the gradient and steps, unless it is not finite; returns its norm."""
+        """Clips the gradient and steps, if it is finite; returns its norm."""
         # in pieces: on CPU the norm of 3e8 float32 in one comes out 4% low (benchmarks/README.md)
         pieces = [piece for total in self.sums for piece in total.flatten().split(2**18)]
         square = torch.stack(torch._foreach_norm(pieces, dtype=torch.float32)).square().sum()
@@ -658,15 +660,19 @@ def begin_run(args, path):
         import wandb  # before anything is written
     config = dict(vars(args), files=fingerprint(path, args.data))
     began = json.loads(file.read_text()) if file.exists() else {}
-    run_id = began.get("id") or f"{time.time_ns():x}"  # another than that of any other folder
-    there = [file for file in Path(args.run_dir).glob("*") if file.suffix not in (".part", ".lock")]
+    there = [p for p in file.parent.glob("*") if p.suffix not in (".part", ".lock")]
     if there and began.get("script") != script:
         raise ValueError(f"--run_dir {args.run_dir} holds something else: name a new folder")
     if not resumable(args.run_dir):
-        began = config
-    changed = [f"{name} was {began.get(name)}" for name, value in config.items()
+        commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
+        versions = dict(torch=torch.__version__, transformers=transformers.__version__)
+        began = dict(config, script=script, id=began.get("id") or f"{time.time_ns():x}",
+                     commit=commit, versions=versions,
+                     world_size=int(os.environ.get("WORLD_SIZE", 1)))
+    changed = [f"--{name} was {began.get(name)}" for name, value in vars(args).items()
                if began.get(name) != value and name != "run_dir"  # it may have been moved
                and (name != "steps" or value < began["steps"])]
+    changed += sorted({*began.get("files", [])} ^ {*config["files"]})
     if changed:
         raise ValueError(f"--run_dir {args.run_dir} began with other flags or files: "
                          f"{', '.join(changed)}; repeat them, or name a new folder")
@@ -676,19 +682,16 @@ def begin_run(args, path):
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"--run_dir {args.run_dir}: another process trains in it") from None
-    commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
-    versions = dict(torch=torch.__version__, transformers=transformers.__version__)
-    write_lines(file, [dict(config, script=script, id=run_id, commit=commit, versions=versions,
-                            world_size=int(os.environ.get("WORLD_SIZE", 1)))])
+    write_lines(file, [began | config])
     if args.wandb:  # its own WANDB_PROJECT, WANDB_NAME, ... apply
         name = os.environ.get("WANDB_NAME", args.run_dir)
-        wandb.init(id=run_id, name=name, resume="allow", config=vars(args))
+        wandb.init(id=began["id"], name=name, resume="allow", config=vars(args))
 
 def fingerprint(*sources):
-    """Name, size and time of change of the files: data, and the weights in a model's folder."""
+    """Name, size and modification time of the files: data, and weights in a model's folder."""
     files = [file for source in map(Path, sources)
              for file in (sorted(source.glob("*.safetensors")) if source.is_dir() else [source])]
-    return [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}"
+    return [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}"
             for file in files if file.is_file()]
 
 def write_lines(path, rows):
@@ -701,7 +704,7 @@ def write_lines(path, rows):
 def save_checkpoint(model, tokenizer, step, state, run_dir):
     """A Hugging Face folder with the trainer's state in it, renamed when it is whole.
 
-    The weights of all checkpoints stay, for evaluate.py; of the state, 7 times as large, two.
+    The weights of all checkpoints stay, for evaluate.py; of the state, 6 times as large, two.
     """
     folder = Path(run_dir, f"checkpoints/step_{step}")
     aside = folder.with_name(folder.name + ".part")
@@ -712,6 +715,7 @@ def save_checkpoint(model, tokenizer, step, state, run_dir):
     dist.barrier()
     dcp.save(state, checkpoint_id=aside / "trainer_state")
     if dist.get_rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)  # weights alone: their state was removed
         aside.rename(folder)
         for old in resumable(run_dir)[:-2]:
             shutil.rmtree(Path(run_dir, f"checkpoints/step_{old}/trainer_state"))
@@ -724,7 +728,7 @@ def resumable(run_dir):
 def load_checkpoint(run_dir, state):
     """Fills the tensors of `state` from the newest checkpoint; returns its step, 0 without one.
 
-    No random state is kept: every number is drawn from (seed, step, row).
+    No random state is kept: every draw is seeded with (seed, step, row).
     """
     done = exchange([max(resumable(run_dir), default=0)])[0]
     folder, metrics = Path(run_dir, f"checkpoints/step_{done}"), Path(run_dir, "metrics.jsonl")

@@ -20,7 +20,7 @@ github.com/beanie00/self-distillation-analysis):
     rollouts may be demonstrations
   - the loss is the mean over sequences of each one's mean over tokens; a rollout without a correct
     sibling adds 0 to it and counts
-  - two importance weights, each cut at 2: trainer / vLLM, and weights now / at the step's start
+  - two importance weights, each at most 2: p of the trainer / p of vLLM, p now / p at step's start
 Unlike their code: c is a random one of the correct siblings that finished (theirs: the next in
 order), and warm-up starts at a tenth of the rate (theirs: 0).
 
@@ -117,9 +117,11 @@ def check_args(args):
 def render(tokenizer, messages, enable_thinking):
     """Token ids of a chat up to where the answer begins (Table 12); the template writes any BOS.
 
-    A control token that a message spells, such as <|im_end|>, stays text: a space breaks it.
+    A control token in a message, such as <|im_end|>, is broken by a space, so that it stays text.
+    Not <think>: a demonstration needs it.
     """
-    control = "|".join(re.escape(t) for t in tokenizer.get_added_vocab() if "think" not in t)
+    control = "|".join(re.escape(t.content) for t in tokenizer.added_tokens_decoder.values()
+                       if t.special or re.search("[|｜]", t.content))
     messages = [dict(m, content=re.sub(control or "(?!)", lambda t: f"{t[0][0]} {t[0][1:]}",
                                        m["content"])) for m in messages]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
@@ -171,7 +173,7 @@ def teacher_messages(messages, solution, form, heading="\nCorrect solution:\n\n"
 
 def with_tail(topk_logprobs):
     """(..., k) log-probabilities -> (..., k + 1): the last bucket holds all other tokens."""
-    inside = topk_logprobs.logsumexp(-1, keepdim=True).clamp(max=-1e-7)
+    inside = topk_logprobs.logsumexp(-1, keepdim=True).clamp(max=-1e-7)  # else log(0)
     return torch.cat([topk_logprobs, torch.log(-torch.expm1(inside))], dim=-1)
 
 def divergence(student, teacher, alpha):
@@ -283,7 +285,7 @@ def sample_groups(llm, verifier, tokenizer, questions, step, args):
         group = [Rollout(row, question["prompt_ids"], list(o.token_ids), o.logprobs.logprobs,
                          o.text, o.finish_reason == "stop", o.reward) for o in outputs]
         for r in group:
-            r.reward *= r.finished  # a cut answer earns nothing, whatever box it holds so far
+            r.reward *= r.finished  # a cut answer earns nothing, whatever it has boxed
         rng = random.Random(f"{args.seed}/{step}/{row}")  # the same draws with any number of ranks
         set_teacher_prompts(question, group, tokenizer, rng, args)
         rollouts += group
@@ -294,8 +296,8 @@ def sample_groups(llm, verifier, tokenizer, questions, step, args):
 def my_micro_batches(rollouts, token_budget):
     """This rank's micro-batches: similar lengths together, as many as fit the budget once padded.
 
-    Every world_size-th, so that all ranks have similar lengths. All need the same number: the last
-    ranks may get a copy with weight 0.
+    A rank takes every world_size-th, so that all have similar lengths. DDP needs the same number on
+    each: the last ranks may get a copy with weight 0.
     """
     batches, ranks = [], dist.get_world_size()
     for r in sorted(rollouts, key=lambda r: r.tokens()):
@@ -376,7 +378,7 @@ def update(ddp, teacher, optimizer, rollouts, lr):
     """
     args, device = ddp.module.args, ddp.module.model.device
     minibatches = split_into_minibatches(rollouts, args)
-    # the first update starts from the step's own weights; for the later ones they are remembered
+    # the first update starts from the step's own weights; for later ones its log-probabilities stay
     remember_logprobs(ddp.module, itertools.chain(*minibatches[1:]))
     norms, mismatch_max = [], torch.zeros((), device=device)
     sums = torch.zeros(4, dtype=torch.float64)  # of all ranks: loss, tokens, mismatch, clipped
@@ -404,7 +406,7 @@ def update(ddp, teacher, optimizer, rollouts, lr):
         sums += mine.cpu()
         if sums[2] > MISMATCH_LIMIT * sums[1]:
             sys.exit(f"error: vLLM's log-probabilities are {sums[2] / sums[1]:.3g} a token off the "
-                     "trainer's: it samples from old weights. This update was not made.")
+                     "trainer's: has it old weights? This update was not made.")
         norms.append(optimizer.step(lr, max_norm=1.0))  # Table 8
     bar.close()
     dist.all_reduce(mismatch_max, dist.ReduceOp.MAX)
@@ -444,8 +446,8 @@ def main():
     say(f"{args.model} loads")
     model, teacher = load_model(path, device), load_model(path, device)
     if positions + args.max_response_tokens > model.config.max_position_embeddings:
-        say(f"question, demonstration and answer may pass the model's "
-            f"{model.config.max_position_embeddings:,} positions; `beyond` counts those that do")
+        say("the teacher's sequences may be longer than the model's "
+            f"{model.config.max_position_embeddings:,} positions; `beyond` counts those that are")
     compile_layers(model, teacher)
     if args.recompute_layers:
         model.train().gradient_checkpointing_enable(dict(use_reentrant=False))
@@ -599,7 +601,7 @@ def log(args, step, rollouts, metrics, seconds):
         say("  no update: no rollout of this step is correct")
         last = [json.loads(line)["trained"] for line in path.read_text().splitlines()[-10:]]
         if len(last) == 10 and not any(last):
-            say("  nor in the nine steps before: is the answers' column right?")
+            say("  no correct rollout in ten steps: is the answer column right?")
 
 class progress(tqdm):
     """A bar that leaves no line on a terminal; elsewhere it writes once a minute at most."""
@@ -651,7 +653,7 @@ def free(model):
         w.data = w.data.new_empty(0)
 
 def load_teacher(teacher, averages, model, path):
-    """Gives the teacher the initial weights again (Sec. 5.4), or with --ema their average."""
+    """Gives the teacher the initial weights (Sec. 5.4), or with --ema the student's average."""
     weights = model if averages else load_model(path, model.device)
     for t, w in zip(teacher.parameters(), weights.parameters()):
         t.data = torch.empty_like(w) if averages else w.detach()
@@ -701,7 +703,7 @@ class MasterAdamW:
 
     @torch.no_grad()
     def step(self, lr, max_norm):
-        """Clips the gradient and steps, unless it is not finite; returns its norm."""
+        """Clips the gradient and steps, if it is finite; returns its norm."""
         # in pieces: on CPU the norm of 3e8 float32 in one comes out 4% low (benchmarks/README.md)
         pieces = [piece for total in self.sums for piece in total.flatten().split(2**18)]
         square = torch.stack(torch._foreach_norm(pieces, dtype=torch.float32)).square().sum()
@@ -749,15 +751,19 @@ def begin_run(args, path):
         import wandb  # before anything is written
     config = dict(vars(args), files=fingerprint(path, args.data))
     began = json.loads(file.read_text()) if file.exists() else {}
-    run_id = began.get("id") or f"{time.time_ns():x}"  # another than that of any other folder
-    there = [file for file in Path(args.run_dir).glob("*") if file.suffix not in (".part", ".lock")]
+    there = [p for p in file.parent.glob("*") if p.suffix not in (".part", ".lock")]
     if there and began.get("script") != script:
         raise ValueError(f"--run_dir {args.run_dir} holds something else: name a new folder")
     if not resumable(args.run_dir):
-        began = config
-    changed = [f"{name} was {began.get(name)}" for name, value in config.items()
+        commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
+        versions = dict(torch=torch.__version__, transformers=transformers.__version__)
+        began = dict(config, script=script, id=began.get("id") or f"{time.time_ns():x}",
+                     commit=commit, versions=versions,
+                     world_size=int(os.environ.get("WORLD_SIZE", 1)))
+    changed = [f"--{name} was {began.get(name)}" for name, value in vars(args).items()
                if began.get(name) != value and name != "run_dir"  # it may have been moved
                and (name != "steps" or value < began["steps"])]
+    changed += sorted({*began.get("files", [])} ^ {*config["files"]})
     if changed:
         raise ValueError(f"--run_dir {args.run_dir} began with other flags or files: "
                          f"{', '.join(changed)}; repeat them, or name a new folder")
@@ -767,19 +773,16 @@ def begin_run(args, path):
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"--run_dir {args.run_dir}: another process trains in it") from None
-    commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
-    versions = dict(torch=torch.__version__, transformers=transformers.__version__)
-    write_lines(file, [dict(config, script=script, id=run_id, commit=commit, versions=versions,
-                            world_size=int(os.environ.get("WORLD_SIZE", 1)))])
+    write_lines(file, [began | config])
     if args.wandb:  # its own WANDB_PROJECT, WANDB_NAME, ... apply
         name = os.environ.get("WANDB_NAME", args.run_dir)
-        wandb.init(id=run_id, name=name, resume="allow", config=vars(args))
+        wandb.init(id=began["id"], name=name, resume="allow", config=vars(args))
 
 def fingerprint(*sources):
-    """Name, size and time of change of the files: data, and the weights in a model's folder."""
+    """Name, size and modification time of the files: data, and weights in a model's folder."""
     files = [file for source in map(Path, sources)
              for file in (sorted(source.glob("*.safetensors")) if source.is_dir() else [source])]
-    return [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}"
+    return [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}"
             for file in files if file.is_file()]
 
 def write_lines(path, rows):
@@ -792,7 +795,7 @@ def write_lines(path, rows):
 def save_checkpoint(model, tokenizer, step, state, run_dir):
     """A Hugging Face folder with the trainer's state in it, renamed when it is whole.
 
-    The weights of all checkpoints stay, for evaluate.py; of the state, 7 times as large, two.
+    The weights of all checkpoints stay, for evaluate.py; of the state, 6 times as large, two.
     """
     folder = Path(run_dir, f"checkpoints/step_{step}")
     aside = folder.with_name(folder.name + ".part")
@@ -803,6 +806,7 @@ def save_checkpoint(model, tokenizer, step, state, run_dir):
     dist.barrier()
     dcp.save(state, checkpoint_id=aside / "trainer_state")
     if dist.get_rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)  # weights alone: their state was removed
         aside.rename(folder)
         for old in resumable(run_dir)[:-2]:
             shutil.rmtree(Path(run_dir, f"checkpoints/step_{old}/trainer_state"))
@@ -815,7 +819,7 @@ def resumable(run_dir):
 def load_checkpoint(run_dir, state):
     """Fills the tensors of `state` from the newest checkpoint; returns its step, 0 without one.
 
-    No random state is kept: every number is drawn from (seed, step, row).
+    No random state is kept: every draw is seeded with (seed, step, row).
     """
     done = exchange([max(resumable(run_dir), default=0)])[0]
     folder, metrics = Path(run_dir, f"checkpoints/step_{done}"), Path(run_dir, "metrics.jsonl")

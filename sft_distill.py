@@ -89,9 +89,11 @@ def make_parser():
 def render(tokenizer, messages, enable_thinking):
     """Token ids of a chat up to where the answer begins (Table 12); the template writes any BOS.
 
-    A control token that a message spells, such as <|im_end|>, stays text: a space breaks it.
+    A control token in a message, such as <|im_end|>, is broken by a space, so that it stays text.
+    Not <think>: a demonstration needs it.
     """
-    control = "|".join(re.escape(t) for t in tokenizer.get_added_vocab() if "think" not in t)
+    control = "|".join(re.escape(t.content) for t in tokenizer.added_tokens_decoder.values()
+                       if t.special or re.search("[|｜]", t.content))
     messages = [dict(m, content=re.sub(control or "(?!)", lambda t: f"{t[0][0]} {t[0][1:]}",
                                        m["content"])) for m in messages]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
@@ -190,8 +192,8 @@ def learning_rate(step, steps, args):
 def my_micro_batches(rollouts, token_budget):
     """This rank's micro-batches: similar lengths together, as many as fit the budget once padded.
 
-    Every world_size-th, so that all ranks have similar lengths. All need the same number: the last
-    ranks may get a copy with weight 0.
+    A rank takes every world_size-th, so that all have similar lengths. DDP needs the same number on
+    each: the last ranks may get a copy with weight 0.
     """
     batches, ranks = [], dist.get_world_size()
     for r in sorted(rollouts, key=lambda r: r.tokens()):
@@ -405,7 +407,7 @@ class MasterAdamW:
 
     @torch.no_grad()
     def step(self, lr, max_norm):
-        """Clips the gradient and steps, unless it is not finite; returns its norm."""
+        """Clips the gradient and steps, if it is finite; returns its norm."""
         # in pieces: on CPU the norm of 3e8 float32 in one comes out 4% low (benchmarks/README.md)
         pieces = [piece for total in self.sums for piece in total.flatten().split(2**18)]
         square = torch.stack(torch._foreach_norm(pieces, dtype=torch.float32)).square().sum()
@@ -453,15 +455,19 @@ def begin_run(args, path):
         import wandb  # before anything is written
     config = dict(vars(args), files=fingerprint(path, args.data))
     began = json.loads(file.read_text()) if file.exists() else {}
-    run_id = began.get("id") or f"{time.time_ns():x}"  # another than that of any other folder
-    there = [file for file in Path(args.run_dir).glob("*") if file.suffix not in (".part", ".lock")]
+    there = [p for p in file.parent.glob("*") if p.suffix not in (".part", ".lock")]
     if there and began.get("script") != script:
         raise ValueError(f"--run_dir {args.run_dir} holds something else: name a new folder")
     if not resumable(args.run_dir):
-        began = config
-    changed = [f"{name} was {began.get(name)}" for name, value in config.items()
+        commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
+        versions = dict(torch=torch.__version__, transformers=transformers.__version__)
+        began = dict(config, script=script, id=began.get("id") or f"{time.time_ns():x}",
+                     commit=commit, versions=versions,
+                     world_size=int(os.environ.get("WORLD_SIZE", 1)))
+    changed = [f"--{name} was {began.get(name)}" for name, value in vars(args).items()
                if began.get(name) != value and name != "run_dir"  # it may have been moved
                and (name != "steps" or value < began["steps"])]
+    changed += sorted({*began.get("files", [])} ^ {*config["files"]})
     if changed:
         raise ValueError(f"--run_dir {args.run_dir} began with other flags or files: "
                          f"{', '.join(changed)}; repeat them, or name a new folder")
@@ -471,19 +477,16 @@ def begin_run(args, path):
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"--run_dir {args.run_dir}: another process trains in it") from None
-    commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
-    versions = dict(torch=torch.__version__, transformers=transformers.__version__)
-    write_lines(file, [dict(config, script=script, id=run_id, commit=commit, versions=versions,
-                            world_size=int(os.environ.get("WORLD_SIZE", 1)))])
+    write_lines(file, [began | config])
     if args.wandb:  # its own WANDB_PROJECT, WANDB_NAME, ... apply
         name = os.environ.get("WANDB_NAME", args.run_dir)
-        wandb.init(id=run_id, name=name, resume="allow", config=vars(args))
+        wandb.init(id=began["id"], name=name, resume="allow", config=vars(args))
 
 def fingerprint(*sources):
-    """Name, size and time of change of the files: data, and the weights in a model's folder."""
+    """Name, size and modification time of the files: data, and weights in a model's folder."""
     files = [file for source in map(Path, sources)
              for file in (sorted(source.glob("*.safetensors")) if source.is_dir() else [source])]
-    return [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}"
+    return [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}"
             for file in files if file.is_file()]
 
 def write_lines(path, rows):
@@ -496,7 +499,7 @@ def write_lines(path, rows):
 def save_checkpoint(model, tokenizer, step, state, run_dir):
     """A Hugging Face folder with the trainer's state in it, renamed when it is whole.
 
-    The weights of all checkpoints stay, for evaluate.py; of the state, 7 times as large, two.
+    The weights of all checkpoints stay, for evaluate.py; of the state, 6 times as large, two.
     """
     folder = Path(run_dir, f"checkpoints/step_{step}")
     aside = folder.with_name(folder.name + ".part")
@@ -507,6 +510,7 @@ def save_checkpoint(model, tokenizer, step, state, run_dir):
     dist.barrier()
     dcp.save(state, checkpoint_id=aside / "trainer_state")
     if dist.get_rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)  # weights alone: their state was removed
         aside.rename(folder)
         for old in resumable(run_dir)[:-2]:
             shutil.rmtree(Path(run_dir, f"checkpoints/step_{old}/trainer_state"))
@@ -519,7 +523,7 @@ def resumable(run_dir):
 def load_checkpoint(run_dir, state):
     """Fills the tensors of `state` from the newest checkpoint; returns its step, 0 without one.
 
-    No random state is kept: every number is drawn from (seed, step, row).
+    No random state is kept: every draw is seeded with (seed, step, row).
     """
     done = exchange([max(resumable(run_dir), default=0)])[0]
     folder, metrics = Path(run_dir, f"checkpoints/step_{done}"), Path(run_dir, "metrics.jsonl")

@@ -234,7 +234,7 @@ def test_a_folder_belongs_to_flags_model_and_data(tmp_path):
     with pytest.raises(ValueError, match="--model was x, --accuracy was"):
         check("--model", "y", "--accuracy", 0.25, 0.5)
     data.write_text("2")
-    with pytest.raises(ValueError, match="or files have changed: --inputs was"):
+    with pytest.raises(ValueError, match="or files have changed: --files was"):
         check()
     with pytest.raises(ValueError, match="holds something else"):
         check("--out", tmp_path)

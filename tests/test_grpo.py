@@ -162,7 +162,7 @@ def test_update_computes_only_groups_with_an_advantage(alone, tmp_path, capsys):
     asked.clear()
     grpo.log(args, 2, batch, grpo.update(ddp, optimizer, batch, 1e-2), seconds)
     assert sorted(map(id, asked)) == sorted(map(id, batch[4:6]))
-    assert capsys.readouterr().out.count("no update: every group is all right or all wrong") == 1
+    assert capsys.readouterr().out.count("no update: in each group all rewards are equal") == 1
     one, two = lines(tmp_path / "metrics.jsonl")
     assert not any(one[key] for key in ("updates", "loss", "mismatch", "clipped", "trained_tokens"))
     assert (one["trained"], two["trained"]) == (0, 0.25) and two["trained_tokens"] == 24

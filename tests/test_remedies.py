@@ -264,7 +264,7 @@ def make_batch(script, remedy, args):
     batch, tokenizer = [], SimpleNamespace(  # every fifth token belongs to a marker
         decode=lambda ids: "wait" if ids[0] % 5 == 0 else "x",
         apply_chat_template=lambda *_, **__: "", encode=lambda *_, **__: [7] * 20,
-        get_added_vocab=dict)
+        added_tokens_decoder={})
     question = dict(messages=[dict(content="?")])
     for row in range(8):
         right, group = row % 4, []

@@ -196,7 +196,7 @@ def test_the_same_command_resumes_and_steps_may_grow(begun):
 def test_other_flags_are_named_and_nothing_is_overwritten(begun, monkeypatch):
     before = {p: p.read_bytes() for p in begun.rglob("*") if p.is_file()}
     line = refusal_of_main(sdpo, monkeypatch, command(begun, "--lr", "1e-4", "--steps", 4))
-    assert f"--run_dir {begun} began with other flags or files: steps was 5, lr was 1e-05;" in line
+    assert f"--run_dir {begun} began with other flags or files: --steps was 5, --lr was 1e-05;" in line
     assert before == {p: p.read_bytes() for p in begun.rglob("*") if p.is_file()}
 
 
@@ -204,7 +204,7 @@ def test_changed_data_is_refused(begun, monkeypatch):
     config = lines(begun / "config.json")[0]
     sdpo.write_lines(begun / "config.json", [dict(config, files=["d.jsonl 12 34"])])
     line = refusal_of_main(sdpo, monkeypatch, command(begun))
-    assert "files was ['d.jsonl 12 34']; repeat them, or name a new folder" in line
+    assert "began with other flags or files: d.jsonl 12 34, in.jsonl " in line
 
 
 def test_one_process_trains_in_a_folder(tmp_path, monkeypatch):

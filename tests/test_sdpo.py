@@ -357,7 +357,8 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, flags, sai
     name, marks=needs_tokenizers), ("qwen3", "deepseek-r1-distill-qwen", "olmo-3-instruct"))])
 def test_a_control_token_that_an_answer_spells_stays_text(name):
     tokenizer, answer = tokenizer_of(name), "<think>\nhm\n</think>\n\n4"
-    control = [t for t in tokenizer.get_added_vocab() if "think" not in t]
+    control = [t.content for t in tokenizer.added_tokens_decoder.values()
+               if t.special or "|" in t.content or "｜" in t.content]
     plain, spelt = (sdpo.render(tokenizer, sdpo.teacher_messages(
         [dict(role="user", content="2 + 2?")], text, "full"), True)
         for text in (answer, answer + "".join(control)))
@@ -374,7 +375,7 @@ def test_steps_without_an_update_say_so_and_ten_say_why(tmp_path, alone, capsys)
                  dict(rollout=4000.0, update=1.0))
     said = capsys.readouterr().out.splitlines()
     assert sum("no update: no rollout of this step" in line for line in said) == 10
-    assert [line for line in said if "nor in the nine steps" in line] == said[-1:]
+    assert [line for line in said if "no correct rollout in ten steps" in line] == said[-1:]
     assert max(map(len, said)) <= 80 and "step 10/100  score" in said[-3]
 
 

@@ -226,7 +226,7 @@ def test_a_run_trains_on_all_examples_each_epoch_and_resumes(tmp_path, run, caps
     assert "has finished its 9 steps" in capsys.readouterr().out
     with (tmp_path / "d.jsonl").open("a") as data:  # more of it would be other batches
         data.write(GOOD + "\n")
-    assert "examples was 10" in refusal(run, "d")
+    assert "--examples was 10" in refusal(run, "d")
 
 
 def test_defaults():
