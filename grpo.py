@@ -359,8 +359,6 @@ def update(ddp, optimizer, rollouts, lr):
 # --- run -----------------------------------------------------------------------------------------
 
 def main():
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, without tracebacks
-    warnings.simplefilter("ignore", FutureWarning)  # the libraries', for their authors
     parser = make_parser()
     args = parser.parse_args()
     try:  # bad input ends with one line and exit code 2, before a model is loaded
@@ -765,4 +763,6 @@ def exchange(items):
     return [item for part in lists for item in part]
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, without tracebacks
+    warnings.simplefilter("ignore", FutureWarning)  # the libraries', for their authors
     main()

@@ -426,8 +426,6 @@ def update(ddp, teacher, optimizer, rollouts, lr):
 # --- run -----------------------------------------------------------------------------------------
 
 def main():
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, without tracebacks
-    warnings.simplefilter("ignore", FutureWarning)  # the libraries', for their authors
     parser = make_parser()
     args = parser.parse_args()
     try:  # bad input ends with one line and exit code 2, before a model is loaded
@@ -445,15 +443,13 @@ def main():
     llm = make_engine(path, positions, args, device)
     say(f"{args.model} loads")
     model, teacher = load_model(path, device), load_model(path, device)
-    if positions + args.max_response_tokens > model.config.max_position_embeddings:
-        say("the teacher's sequences may be longer than the model's "
-            f"{model.config.max_position_embeddings:,} positions; `beyond` counts those that are")
+    if positions + args.max_response_tokens > (limit := model.config.max_position_embeddings):
+        say(f"`beyond` counts the teacher's sequences longer than the model's {limit:,} positions")
     compile_layers(model, teacher)
     if args.recompute_layers:
         model.train().gradient_checkpointing_enable(dict(use_reentrant=False))
     optimizer = MasterAdamW(model, lr=args.lr, weight_decay=0.01)  # Table 8
-    averages = {f"{name}.average": master.clone() for name, master in optimizer.masters.items()
-                if args.ema}  # a teacher that moves: this rank's share of it
+    averages = {f"{n}.average": m.clone() for n, m in optimizer.masters.items() if args.ema}
     state = {**optimizer.tensors(), **averages}
     done = load_checkpoint(args.run_dir, state)  # steps
     write_weights(optimizer.masters, model)
@@ -653,7 +649,8 @@ def free(model):
         w.data = w.data.new_empty(0)
 
 def load_teacher(teacher, averages, model, path):
-    """Gives the teacher the initial weights (Sec. 5.4), or with --ema the student's average."""
+    """Gives the teacher the initial weights (Sec. 5.4), or with --ema the student's average, of
+    which each rank keeps its share."""
     weights = model if averages else load_model(path, model.device)
     for t, w in zip(teacher.parameters(), weights.parameters()):
         t.data = torch.empty_like(w) if averages else w.detach()
@@ -856,4 +853,6 @@ def exchange(items):
     return [item for part in lists for item in part]
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, without tracebacks
+    warnings.simplefilter("ignore", FutureWarning)  # the libraries', for their authors
     main()
