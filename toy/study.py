@@ -24,7 +24,8 @@ sys.path.append(str(ROOT))
 
 import epistemic
 
-MINUTES = 2.4  # a run, two at a time on the two cores of benchmarks/README.md (mean of 120)
+# A run, two at a time on the two cores of benchmarks/README.md: mean of 120; of coverage's, of 28
+MINUTES, COVERAGE_MINUTES = 2.4, 5.5
 STEPS, LR = 20, 1e-4  # of SDPO; GRPO takes half that rate
 BASE = "--max_response_tokens 320 --model toy/model"
 TRAIN = (f"{BASE} --num_questions 512 --questions_per_step 12 --minibatch_questions 12 "
@@ -293,8 +294,10 @@ def main():
     left = [(name, commands, out, seed) for name, commands, out, seed in todo
             if not (out / name / "ended").exists()
             or (out / name / "ended").read_text() != "\n".join(commands)]
-    print(f"{len(todo)} runs, {len(left)} of them left: about "
-          f"{len(left) * MINUTES / args.jobs / 60:.1f} hours with {args.jobs} at a time", flush=True)
+    minutes = sum(COVERAGE_MINUTES if "/coverage.jsonl" in commands[-1] else MINUTES
+                  for _, commands, *_ in left)
+    print(f"{len(todo)} runs, {len(left)} of them left: about {minutes / args.jobs / 60:.1f} hours "
+          f"with {args.jobs} at a time", flush=True)
     for *_, out, _ in todo:
         out.mkdir(parents=True, exist_ok=True)
     if "opsd" in args.groups and not Path(args.out, "two_modes").exists():
