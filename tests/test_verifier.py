@@ -365,7 +365,9 @@ def test_an_interrupt_leaves_no_late_verdict():
     assert run.stdout.readline() == "begun\n"
     time.sleep(3)  # the worker starts in one, and would be stopped after eight
     run.send_signal(signal.SIGINT)
-    assert run.communicate(timeout=60)[0].split("\n")[:2] == ["interrupted", "[1.0]"]
+    first, then, *_ = run.communicate(timeout=60)[0].split("\n")
+    assert then == "[1.0]"  # of its own answer, not the one that the interrupt left
+    assert first in ("interrupted", "nothing")  # nothing: a machine that stood still for seconds
 
 
 @pytest.mark.slow
