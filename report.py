@@ -370,7 +370,7 @@ def claims(found, model):
     rows, names, table = found.end[found.end.model == model], {}, {}
     names["OTHER"] = next((b for b in ("ood", "aime24") if b in {*rows.benchmark}), "")
     for sizes in found.alike_but_for("num_questions"):
-        method = min(sizes, key=len).split("_")[0]
+        method = re.sub(r"_\d+$", "", min(sizes, key=len))
         names[f"{method} FEW"] = min(sizes, key=lambda arm: abs((sizes[arm] or 10**9) - 8))
         names[f"{method} MANY"] = [*sizes][-1]
     for claim, paper, kind, benchmark, quantity, order in CLAIMS:
