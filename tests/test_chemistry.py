@@ -57,6 +57,7 @@ def test_every_row_loads(name):
         assert [m["content"] for m in question["messages"]] == [row["system"], row["prompt"]]
 
 
+@pytest.mark.slow
 @needs_data
 @needs_tokenizers
 def test_the_prompt_of_olmo_is_table_12s():

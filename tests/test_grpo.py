@@ -112,6 +112,7 @@ def test_one_rank_gives_the_gradient_of_brute_force(alone, moved):
     assert seen["truncated"] and (not moved or seen["upper"] and seen["lower"] and seen["dual"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moved", [False, True])
 def test_two_ranks_give_the_gradient_of_one(tmp_path, alone, moved):
     assert_same_on_two_ranks(measure(moved), on_ranks(2, tmp_path, measure, moved))

@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from common import ROOT
 
 SCRIPTS = ["generate_conditions.py", "sft_distill.py", "grpo.py", "sdpo.py", "evaluate.py"]
@@ -51,6 +53,7 @@ def test_scripts_import_only_the_shared_two():
         assert imported <= {"epistemic", *(["verifier"] if name != "report.py" else [])}
 
 
+@pytest.mark.slow
 def test_help_loads_neither_vllm_nor_transformers():
     """All scripts in one process, since torch takes its time."""
     code = f"""

@@ -6,6 +6,8 @@ import shlex
 import subprocess
 import sys
 
+import pytest
+
 from common import ROOT
 
 sys.path[:0] = [str(ROOT / "toy"), str(ROOT / "benchmarks")]
@@ -120,6 +122,7 @@ def parse(lines):
     return list(map(int, done.stdout.split())), done.stderr
 
 
+@pytest.mark.slow
 def test_printed_commands_parse():
     """And those with a flag that is gone, or a file too few, do not. No two have one folder."""
     lines = commands(READMES["README.md"])

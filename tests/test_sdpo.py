@@ -223,6 +223,7 @@ def assert_same_on_two_ranks(one, two):
             assert r[key] == one[key]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size, rounds", [
     (23, sdpo.ROUND), (23, 2),  # one round of micro-batches, or several
     (2, 2)])  # of the two one has a teacher: rank 1 has a filler

@@ -201,6 +201,7 @@ def run(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_a_run_trains_on_all_examples_each_epoch_and_resumes(tmp_path, run, capsys):
     batches, given = zip(*run("whole"))
     assert [len(batch) for batch in batches] == [4, 4, 2] * 3

@@ -320,6 +320,7 @@ def test_a_timeout_costs_one_answer():
         assert grade(own, [ALGEBRA, ("7", "7")]) == [1.0, 1.0]
 
 
+@pytest.mark.slow
 def test_a_worker_killed_from_outside_costs_one_answer():
     with Verifier(workers=1, timeout=20.0) as own:
         assert grade(own, [ALGEBRA]) == [1.0]
