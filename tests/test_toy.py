@@ -82,8 +82,7 @@ def test_numbers_are_means_over_seeds(tmp_path):
 
 
 def test_every_arm_of_the_tables_is_run():
-    names = {name for group in ("study", "coverage", "controls", "opsd", "remedies")
-             for name in study.runs(group, "o")}
+    names = {name for group in study.GROUPS for name in study.runs(group, "o")}
     arms = {arm for table in study.TABLES.values() for arm in table.values()}
     assert {a for a in arms if not a.startswith(("context_", "sft_", "base"))} <= names
 

@@ -11,6 +11,7 @@ import argparse
 import collections
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -57,6 +58,9 @@ SIZES = (1, 8, 64, 128, 512, 1200)
 COVERAGE = ("--steps 80 --save_every 10 --data toy/data/coverage.jsonl "
             "--eval_data toy/data/coverage_test.jsonl {}/ood.jsonl --num_questions {}")
 GENTLE = "--demonstration without_think --save_every 80"
+
+
+GROUPS = "study", "coverage", "controls", "opsd", "remedies"
 
 
 def runs(group, out):
@@ -108,6 +112,13 @@ def runs(group, out):
         for remedy, (lr, strengths) in REMEDIES.items() for strength in strengths}}
 
 
+def complete(command, folder, seed):
+    """The command with its seed and folder; problems.py has its own, token_kl.py draws nothing."""
+    if not command.startswith(("toy/problems.py", "token_kl.py")):
+        command += f" --seed {seed}"
+    return command if re.search("--(out|run_dir) ", command) else f"{command} --run_dir {folder}"
+
+
 def run(name, commands, out, seed):
     """The commands one after the other; a file `ended` in the folder holds those that have ended."""
     folder, start = out / name, time.time()
@@ -116,13 +127,8 @@ def run(name, commands, out, seed):
                        TORCH_CPP_LOG_LEVEL="ERROR")
     with open(out / f"{name}.log", "w") as log:
         for command in commands:
-            script, *flags = command.split()
-            if not script.startswith("toy/problems"):
-                flags += ["--seed", str(seed)]
-            if "--out" not in flags and "--run_dir" not in flags:
-                flags += ["--run_dir", str(folder)]
-            if subprocess.run([sys.executable, script, *flags], cwd=ROOT, stdout=log, stderr=log,
-                              env=environment).returncode:
+            if subprocess.run([sys.executable, *complete(command, folder, seed).split()], cwd=ROOT,
+                              stdout=log, stderr=log, env=environment).returncode:
                 return f"{name}: failed; see {log.name}"
     for checkpoints in list(folder.rglob("checkpoints")):
         shutil.rmtree(checkpoints)  # 20 MB each
@@ -282,8 +288,7 @@ def tables(found):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("groups", nargs="+",
-                        choices=["study", "coverage", "controls", "opsd", "remedies"])
+    parser.add_argument("groups", nargs="+", choices=GROUPS)
     parser.add_argument("--out", default="runs/study")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each on CPU")
