@@ -221,10 +221,11 @@ def lines(axis, series):
     """{name: y by x, a column a seed}. Their mean, and a band from the lowest to the highest."""
     for i, (name, seeds) in enumerate(series.items()):
         marker = "os"[i // 10 % 2] if len(seeds) < 12 else None
-        (line,) = axis.plot(seeds.mean(axis=1), marker=marker, ms=3, label=name)
+        style = dict(ms=3) if len(seeds) > 1 else dict(ms=9, fillstyle="none")  # hides no other
+        (line,) = axis.plot(seeds.mean(axis=1), marker=marker, label=name, **style)
         axis.fill_between(seeds.index, seeds.min(axis=1), seeds.max(axis=1), alpha=0.15,
                           color=line.get_color())
-    axis.set_ylim(0)
+    axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
     axis.locator_params(axis="x", integer=True)
     if seeds.index.name == "size":
         axis.set_xscale("log", base=2)
@@ -252,8 +253,7 @@ def figures(page, rows, x="step", xlabel="step"):
         series = {name: seeds for name, seeds in series.items() if x != "step" or len(seeds) > 1}
         name, unit, _ = QUANTITIES.get(q, (q, "share right", ""))
         if series:
-            title = f"{name} {PLACES.get(b, f'on {b}')}\n{group}"
-            page.figure(title, lines, series, xlabel, unit)
+            page.figure(f"{name} {PLACES.get(b, f'on {b}')}\n{group}", lines, series, xlabel, unit)
 
 def over_steps(page, found, flag=None, kind="run", benchmarks=()):
     """Of all runs, or of those that differ in one flag alone."""
