@@ -12,7 +12,7 @@ PYTEST := $(QUIET) $(TESTS)/bin/python -m pytest -q -rs -p no:cacheprovider
 JOBS := $(if $(GPU),1,2)
 RUN := $(QUIET) OMP_NUM_THREADS=1 .venv/bin/python
 
-# What the demo runs: the scripts at the toy's size, with the rates and steps of toy/study.py.
+# What the demo runs: the scripts at the toy's size, with the rates of toy/study.py.
 DEMO := runs/demo
 TOY := --max_response_tokens 320 --model toy/model
 # |D| = 512: 40 steps of 12 questions use each at most once; |D| = 8: each 60 times (Sec. 6.2)
