@@ -5,8 +5,8 @@ OpenAI-compatible server (its key in OPENAI_API_KEY), such as `vllm serve MODEL`
 
     python judge.py runs/sdpo/eval/step_*.jsonl --url http://localhost:8000/v1 --model NAME
 
-FILE's judgements go to FILE with suffix .judged.jsonl, as they come: a second start asks only what
-is missing. Each belongs to one judge and one text. The table has each file's mean (Table 5) and
+FILE's judgements go to FILE with suffix .judged, as they come: a second start asks only what is
+missing. Each belongs to one judge and one text. The table has each file's mean (Table 5) and
 its quartiles (Figure 13).
 """
 import argparse
@@ -70,7 +70,7 @@ def judge_file(path, client, args):
     for text in (text for texts_of_a_line in read for text in texts_of_a_line):
         asked = f"{args.model}\n{JUDGE_PROMPT}{text}".encode(errors="surrogatepass")
         texts.setdefault(hashlib.sha256(asked).hexdigest()[:16], []).append(text)
-    target, judged = Path(path).with_suffix(".judged.jsonl"), {}
+    target, judged = Path(path).with_suffix(".judged"), {}
     *rows, torn = (target.read_bytes() if target.exists() else b"").split(b"\n")  # by a kill
     for number, row in enumerate(rows, 1):
         try:

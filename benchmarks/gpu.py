@@ -109,7 +109,7 @@ def steps(args, algorithm, length, questions, made_up):
         if not made_up:
             return half_right(sample(llm, verifier, questions, seed, after_think, **sampling))
         rng = np.random.default_rng(0)
-        logprobs = SimpleNamespace(logprobs=[-np.log(vocabulary)] * length)
+        logprobs = SimpleNamespace(logprobs=[float(-np.log(vocabulary))] * length)
         return half_right([[SimpleNamespace(
             token_ids=rng.integers(5, vocabulary, length).tolist(), text=demonstration,
             logprobs=logprobs) for _ in range(sampling.get("n", 1))] for _ in questions])

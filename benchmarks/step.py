@@ -73,6 +73,7 @@ def ours(args):
 
 def trl(args):
     """TRL's trainer with the same numbers."""
+    import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from verifier import Verifier, load_questions
@@ -89,12 +90,12 @@ def trl(args):
 
     def reward(completions, answer, **_):
         return verifier.verify([c[-1]["content"] for c in completions], answer)
-    batch = args.questions * args.rollouts
+    batch, cuda = args.questions * args.rollouts, torch.cuda.is_available()
     config = Config(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=32,
                     gradient_accumulation_steps=batch // 32, num_generations=args.rollouts,
                     max_completion_length=args.max_response_tokens, temperature=1.0,
                     learning_rate=1e-6, weight_decay=0.01, max_steps=args.steps + 1, report_to=[],
-                    save_strategy="no", use_cpu=True, bf16=False, gradient_checkpointing=False,
+                    save_strategy="no", use_cpu=not cuda, bf16=cuda, gradient_checkpointing=False,
                     logging_steps=1, disable_tqdm=True, **more)
     times, lengths = [], []
 

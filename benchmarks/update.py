@@ -86,7 +86,7 @@ def make_rollouts(script, args, vocabulary):
     rollouts = []
     for i, length in enumerate(lengths):
         r = script.Rollout(i // 8, ids(args.prompt_tokens), ids(length),
-                           [-np.log(vocabulary)] * int(length), "", True, 0.0)
+                           [float(-np.log(vocabulary))] * int(length), "", True, 0.0)
         if args.algorithm == "sdpo":
             r.teacher_prompt_ids = r.prompt_ids + ids(args.demonstration_tokens)
         else:
@@ -274,6 +274,8 @@ def trl(script, model, rollouts, args, device, parts):
     trainer.current_gradient_accumulation_steps = len(rollouts) // size
     trainer.create_optimizer()
     model.train()
+    if not cpu:  # only trainer.train() does so
+        model.gradient_checkpointing_enable(dict(use_reentrant=False))
     optimizer = trainer.accelerator.prepare(trainer.optimizer)
     total = torch.tensor(float(y_mask.sum()), device=device)
 
@@ -283,7 +285,7 @@ def trl(script, model, rollouts, args, device, parts):
             part = {key: value[first : first + size] for key, value in batch.items()}
             if args.algorithm == "grpo":
                 part["num_items_in_batch"] = total
-            with trainer.compute_loss_context_manager():
+            with trainer.accelerator.autocast():  # SDPOTrainer leaves it to trainer.train()
                 loss = parts.timed("forward and loss", trainer.compute_loss)(trainer.model, part)
             parts.timed("backward", trainer.accelerator.backward)(loss)
         trainer.accelerator.clip_grad_norm_(model.parameters(), 1.0)
@@ -316,7 +318,8 @@ def run_arm(args):
     update = globals()[args.arm](script, model, rollouts, args, device, parts)
     cast = (torch.autocast("cuda", torch.bfloat16) if args.arm == "naive" and device.type == "cuda"
             else contextlib.nullcontext())
-    before, times, cpu = peak(device, reset=True), [], []
+    peak(device, reset=True)
+    before, times, cpu = peak(device), [], []  # after the reset: what is allocated now
     with cast:
         for i in range(args.repeat + 1):
             if i == 1:

@@ -60,7 +60,8 @@ def measure(Verifier, args):
         with Verifier(workers=workers, timeout=args.timeout) as verifier:
             rate(verifier, formulas[:50])  # the workers have started
             found[f"formulas, {workers} worker(s), a second"] = rate(verifier, formulas[50:], 3)
-    hostile = [(gold, response) for _, response, gold in rng.sample(corpus(), n // 20)]
+    texts = corpus()
+    hostile = [(gold, text) for _, text, gold in rng.sample(texts, min(n // 20, len(texts)))]
     with Verifier(workers=2, timeout=args.timeout) as verifier:
         rate(verifier, formulas[:50])
         mixed = rng.sample(formulas[50:] + hostile, n - 50 + len(hostile))

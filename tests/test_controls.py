@@ -102,10 +102,13 @@ def test_banned_reaches_the_sampling_of_every_model(monkeypatch, tokenizer):
 
 def test_errors_are_sorted_by_kind(tmp_path):
     folder = tmp_path / "seed_0/sdpo/eval"
-    question = lines(ROOT / "toy/data/in.jsonl")[0]["extra_info"]
+    row = lines(ROOT / "toy/data/in.jsonl")[0]
     for step, correct in ((0, 1.0), (20, 0.0)):
-        sdpo.write_lines(folder / f"step_{step}.jsonl", [dict(
-            benchmark="in", index=0, correct=correct, response=f"\\boxed{{{question['x'] + 1}}}")])
+        answer = dict(benchmark="in", index=0, question=row["prompt"][0]["content"],
+                      correct=correct, response=f"\\boxed{{{row['extra_info']['x'] + 1}}}")
+        other = dict(answer, benchmark="ood", index=700, question="of another ood.jsonl")
+        sdpo.write_lines(folder / f"step_{step}.jsonl", [answer, other])
     controls.errors([tmp_path / "seed_0"])
     found = json.loads((tmp_path / "seed_0/errors.json").read_text())
     assert found["base, in"] == {} and sum(found["sdpo, in"].values()) == 1
+    assert {*found} == {"base, in", "sdpo, in"}

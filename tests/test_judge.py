@@ -62,7 +62,7 @@ def ask(server, tmp_path, capsys):
             code = end.code
         out, err = capsys.readouterr()
         assert KEY not in out + err
-        judged = tmp_path / "a.judged.jsonl"
+        judged = tmp_path / "a.judged"
         rows = lines(judged) if judged.exists() else []
         return code, out + err, sorted(row["count"] for row in rows)
     return run
@@ -91,7 +91,7 @@ def test_what_is_asked_and_what_is_shown(ask, server):
 
 
 def test_nothing_is_asked_twice_and_another_judge_or_text_is(ask, server, tmp_path):
-    judged = tmp_path / "a.judged.jsonl"
+    judged = tmp_path / "a.judged"
     ask(TEXTS)
     with judged.open("ab") as file:
         file.write(b'{"hash": "\xff\x00')  # torn by a kill
@@ -99,7 +99,7 @@ def test_nothing_is_asked_twice_and_another_judge_or_text_is(ask, server, tmp_pa
     assert ask(TEXTS, "--model", "n")[0] == 0 and server.asked["Hmm."] == 2
     judged.write_text('{"count": 1}\n')  # something else, which is kept
     code, said, _ = ask(TEXTS)
-    assert code == 2 and "a.judged.jsonl:1: not a judgement" in said
+    assert code == 2 and "a.judged:1: not a judgement" in said
     assert judged.read_text() == '{"count": 1}\n' and sum(server.asked.values()) == 7
 
 
@@ -114,7 +114,7 @@ def test_a_response_without_a_judgement_is_left_out(ask, server, answer):
 
 def test_what_cannot_work_is_one_line_and_keeps_what_there_is(ask, server, tmp_path):
     """Judgements are in the file as they come, for a run that is killed."""
-    judged = tmp_path / "a.judged.jsonl"
+    judged = tmp_path / "a.judged"
 
     def trouble(text):
         for _ in range(1000 if text == "last" else 0):
@@ -159,7 +159,7 @@ def test_vllms_own_server(tmp_path, capsys, monkeypatch):
                 judge.main([str(path), "--url", f"http://127.0.0.1:{port}/v1", "--model", name])
             shown = capsys.readouterr()
             assert ended.value.code == 2 and said in shown.out + shown.err
-        assert lines(tmp_path / "a.judged.jsonl") == []
+        assert lines(tmp_path / "a.judged") == []
     finally:
         kill.kill_family(server.pid)
         server.join()

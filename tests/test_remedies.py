@@ -54,7 +54,7 @@ def near(*values):
 
 def test_demopsd_mixes_towards_what_the_teacher_says_unaided():
     plain, aided = torch.tensor([[0.5, 0.3, 0.2]]).log(), torch.tensor([[0.2, 0.1, 0.7]]).log()
-    # JS of these two is 0.132918 (paper/semantics): b = 2 x .15 (sigmoid(6.6459) - .5) = .149611
+    # JS of these two is 0.132918 (test_sdpo.py): b = 2 x .15 (sigmoid(6.6459) - .5) = .149611
     b = 0.149611
     mixed = [0.2 ** (1 - b) * 0.5**b, 0.1 ** (1 - b) * 0.3**b, 0.7 ** (1 - b) * 0.2**b]
     target = remedies.demopsd.target

@@ -41,7 +41,7 @@ def reference(student_logits, teacher_logits, alpha, top):
 @pytest.mark.parametrize("alpha, expected", [
     (0.5, 0.132918006), (0.25, 0.102814570), (0.0, 0.583814703), (1.0, 0.537176458)])
 def test_divergence_matches_the_authors_formula(alpha, expected):
-    # numbers of the authors' formula, run on its own (paper/semantics)
+    # numbers of the authors' formula, run on its own
     student, teacher = torch.tensor([0.5, 0.3]).log(), torch.tensor([0.2, 0.1]).log()
     got = sdpo.divergence(sdpo.with_tail(student), sdpo.with_tail(teacher), alpha)
     assert got.item() == pytest.approx(expected, abs=2e-7)

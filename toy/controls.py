@@ -125,10 +125,13 @@ def banned(tokenizer):
 
 
 def errors(folders):
-    """Sorts the wrong answers of each run's last evaluation: {"arm, benchmark": {kind: count}}."""
-    asked = {name: [json.loads(line)["extra_info"] for line in
-                    (ROOT / f"toy/data/{name}.jsonl").read_text().splitlines()]
-             for name in ("in", "ood")}
+    """Sorts the wrong answers of each run's last evaluation: {"arm, benchmark": {kind: count}}.
+
+    By the question's text: a run of `coverage` has an ood.jsonl of its own, and is left out.
+    """
+    rows = [json.loads(line) for name in ("in", "ood")
+            for line in (ROOT / f"toy/data/{name}.jsonl").read_text().splitlines()]
+    asked = {row["prompt"][0]["content"]: row["extra_info"] for row in rows}
     for folder in map(Path, folders):
         found = {}
         for evaluation in sorted(folder.glob("*/eval")):
@@ -140,10 +143,11 @@ def errors(folders):
             for arm, file in files:
                 kinds = collections.defaultdict(collections.Counter)
                 for record in map(json.loads, file.read_text().splitlines()):
-                    name = record.get("benchmark", file.stem)
-                    if name in asked:
-                        kinds[f"{arm}, {name}"].update(() if record["correct"] else [
-                            problems.diagnose(asked[name][record["index"]], record["response"])])
+                    problem = asked.get(record["question"])
+                    if problem:
+                        kinds[f"{arm}, {record.get('benchmark', file.stem)}"].update(
+                            () if record["correct"] else
+                            [problems.diagnose(problem, record["response"])])
                 found |= kinds
         (folder / "errors.json").write_text(json.dumps(found, indent=1) + "\n")
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from problems import pretraining_example
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 THINK = ["<think>", "</think>"]
@@ -109,8 +109,10 @@ def main():
         pad_token_id=tokenizer.pad_token_id,
     )
     model = Qwen3ForCausalLM(config)
-    if args.two_modes:
-        model = Qwen3ForCausalLM.from_pretrained(Path(__file__).parent / "model", dtype=torch.float32)
+    if args.two_modes:  # --seed is that of the examples alone
+        folder = Path(__file__).parent / "model"
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
     # the verdicts: one token in twenty, and the last thing that is learned
     decisions = torch.tensor([i for i in range(len(tokenizer))

@@ -157,7 +157,7 @@ def pretraining_example(rng, hard, thinking=True):
     if style == "without_think":
         solution = without_think(solution)
     close = CLOSE_UNCERTAIN if style == "uncertain" else CLOSE
-    # Sec. 3 and the training reprompt differ in white space (paper/semantics): the model knows both
+    # Sec. 3 and the training reprompt differ in white space in the authors' code: the model knows both
     form = rng.choice(["{}\nCorrect solution:\n\n{}\n\n{}", "{}\n\nCorrect solution: {}\n\n{}"])
     return form.format(prompt, solution, close), trace(rng, problem, style, thinking)
 

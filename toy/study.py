@@ -72,13 +72,13 @@ def runs(group, out):
             "sft": [f"generate_conditions.py {BASE} --data toy/data/train.jsonl --temperature 1 "
                     "--top_p 1 --top_k 0 --accuracy 0.125 1 --num_questions 100 --sft_examples 200 "
                     "--questions_per_round 240 "
-                    f"--out {out}/conditions",
+                    f"--out {out}/sft/conditions",
                     *(f"sft_distill.py {SFT} --run_dir {out}/sft/{d} "
-                      f"--data {out}/conditions/{d}.jsonl" for d in ("d_ug", "d_sg")),
+                      f"--data {out}/sft/conditions/{d}.jsonl" for d in ("d_ug", "d_sg")),
                     f"evaluate.py {BASE} {out}/sft/d_ug/checkpoints/step_75 "
                     f"{out}/sft/d_sg/checkpoints/step_75 {TESTS} --out {out}/sft/eval",
                     # Table 6
-                    f"token_kl.py --model toy/model {out}/conditions/rounds "
+                    f"token_kl.py --model toy/model {out}/sft/conditions/rounds "
                     f"--out {out}/token_kl/token_kl.json"],
             "sdpo_without_think": [f"{SDPO} --demonstration without_think"],
             "sdpo_uncertain": [f"{SDPO} --demonstration uncertain"],
@@ -169,7 +169,7 @@ def numbers(folders):
                     elif run.parent.name != "sft":
                         found[run.parent.name] = rows
         if (folder / "sft/ended").exists():
-            contexts = json.loads((folder / "conditions/summary.json").read_text())
+            contexts = json.loads((folder / "sft/conditions/summary.json").read_text())
             found |= {f"context_{c}": {"train": row} for c, row in contexts["contexts"].items()}
         for arm, rows in found.items():
             for benchmark, row in rows.items():
@@ -310,7 +310,7 @@ def main():
     with ThreadPoolExecutor(args.jobs) as pool:
         failed = [error for error in pool.map(lambda t: run(*t), left) if error]
     folders = sorted({str(out) for *_, out, _ in todo})
-    subprocess.run([sys.executable, "toy/controls.py", "errors", *folders], cwd=ROOT)
+    subprocess.run([sys.executable, "toy/controls.py", "errors", *folders], cwd=ROOT, check=True)
     subprocess.run([sys.executable, "report.py", *folders], cwd=ROOT)
     folders = [Path(folder) for folder in folders]
     found = dict(commits=commits(folders), arms=numbers(folders), errors=errors(folders),
