@@ -93,6 +93,7 @@ def test_what_is_asked_and_what_is_shown(ask, server):
 def test_nothing_is_asked_twice_and_another_judge_or_text_is(ask, server, tmp_path):
     judged = tmp_path / "a.judged"
     ask(TEXTS)
+    assert [*tmp_path.glob("*.jsonl")] == [tmp_path / "a.jsonl"]  # eval/step_*.jsonl finds no other
     with judged.open("ab") as file:
         file.write(b'{"hash": "\xff\x00')  # torn by a kill
     assert ask([*TEXTS, "hmm hmm"])[2] == [0, 1, 2, 3] and sum(server.asked.values()) == 4
