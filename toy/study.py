@@ -25,8 +25,8 @@ sys.path.append(str(ROOT))
 
 import epistemic
 
-# A run, two at a time on the two cores of benchmarks/README.md: mean of 120; of coverage's, of 22
-MINUTES, COVERAGE_MINUTES = 2.4, 6.3
+# A run, two at a time on the two cores of benchmarks/README.md: mean of 33; of coverage's, of 22
+MINUTES, COVERAGE_MINUTES = 2.8, 6.3
 STEPS, LR = 20, 1e-4  # of SDPO; GRPO takes half that rate
 BASE = "--max_response_tokens 320 --model toy/model"
 TRAIN = (f"{BASE} --num_questions 512 --questions_per_step 12 --minibatch_questions 12 "
