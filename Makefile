@@ -22,7 +22,7 @@ TRAIN := $(TOY) --data toy/data/coverage.jsonl --steps 40 --save_every 20 \
 
 .PHONY: demo study coverage controls opsd remedies test quick test-kill test-readme
 demo: .venv/installed
-	@echo "Five contexts, SFT on two sets, GRPO and SDPO on a 1M-parameter model: about 6 minutes on"
+	@echo "Five contexts, SFT on two sets, GRPO and SDPO on a 1M-parameter model: 6 to 12 minutes on"
 	@echo "two CPU cores. Then Tables 1 and 2, the curves, and a picture in runs/demo/report.png."
 	rm -rf $(DEMO)
 	$(MAKE) --no-print-directory -j $(JOBS) $(DEMO)/grpo $(DEMO)/sft/eval $(DEMO)/sdpo $(DEMO)/sdpo_8
