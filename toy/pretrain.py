@@ -109,7 +109,7 @@ def main():
         pad_token_id=tokenizer.pad_token_id,
     )
     model = Qwen3ForCausalLM(config)
-    if args.two_modes:  # --seed is that of the examples alone
+    if args.two_modes:  # then --seed is that of the examples alone
         folder = Path(__file__).parent / "model"
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
