@@ -40,10 +40,10 @@ def count(text: str, whole_word: bool = False) -> int:
     """E(y) of Sec. 3: occurrences of all ten markers in one response. See `count_by_marker`."""
     return sum(count_by_marker(text, whole_word).values())
 
-def record(text, reward, tokens, finished, **more):
-    """A graded response, cut if not `finished`, as a line that this command and report.py read."""
-    return dict(more, correct=reward, tokens=tokens, finished=finished, epistemic=count(text),
-                response=text)
+def record(rollout, **more):
+    """A graded rollout as a line of a file, which this command and report.py read."""
+    return dict(more, correct=rollout.reward, tokens=len(rollout.response_ids),
+                finished=rollout.finished, epistemic=count(rollout.text), response=rollout.text)
 
 def averages(records) -> dict:
     """Means over records of what people watch; `truncated` is the share of cut answers."""
