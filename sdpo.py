@@ -99,12 +99,9 @@ def render(tokenizer, messages, enable_thinking):
                                          enable_thinking=enable_thinking)
 
 def read_questions(source, tokenizer, args, draw=False):
-    """[{messages, answer, prompt_ids}], prompts within --max_prompt_tokens; raises ValueError.
-
-    draw: --num_questions of them, by --seed; a smaller set is part of a larger one (Sec. 6.2).
-    """
+    """[{messages, answer, prompt_ids}], prompts within --max_prompt_tokens; raises ValueError."""
     questions, number = load_questions(source), None
-    if draw:
+    if draw:  # a smaller set is part of a larger one (Sec. 6.2)
         questions = random.Random(args.seed).sample(questions, len(questions))
         number = args.num_questions
     prompts = (render(tokenizer, q["messages"], args.enable_thinking) for q in questions)
@@ -122,16 +119,15 @@ def question_stream(questions, seed):
     while True:
         yield from rng.sample(questions, len(questions))
 
-CLOSING = "Correctly solve the original question."
-CLOSING_UNCERTAIN = (  # App. C, Figure 14
-    "Solve the original question from scratch with a full, detailed reasoning trace, without "
-    "skipping any steps, and include as much uncertainty or ambiguity in the explanation.")
+UNCERTAIN = ("Solve the original question from scratch with a full, detailed reasoning trace, "
+             "without skipping any steps, and include as much uncertainty or ambiguity in the "
+             "explanation.")  # App. C, Figure 14
 
 def teacher_messages(messages, solution, form, heading="\nCorrect solution:\n\n"):
     """The chat with a solution after the question, in the same user message (authors' code)."""
     if form == "without_think":
         solution = solution.rpartition("</think>")[2].lstrip()
-    closing = CLOSING_UNCERTAIN if form == "uncertain" else CLOSING
+    closing = UNCERTAIN if form == "uncertain" else "Correctly solve the original question."
     *before, last = messages
     return [*before, {**last, "content": f"{last['content']}{heading}{solution}\n\n{closing}"}]
 
@@ -298,7 +294,6 @@ def update(model, teacher, optimizer, rollouts, lr, args):
             (loss * dist.get_world_size()).backward()  # DDP takes the mean over ranks, not the sum
             if ddp.require_backward_grad_sync:
                 optimizer.add_gradients()
-
             counts = weight > 0
             mismatch = ((start - vllm).abs() * counts).sum()
             clipped = (counts & (torch.maximum(ratio, correction) >= 2)).sum()
@@ -417,13 +412,15 @@ def generate(llm, verifier, questions, seed, **sampling):
     set_seed(seed)
     llm.reset_prefix_cache()
     outputs = llm.generate([dict(prompt_token_ids=q["prompt_ids"]) for q in questions],
-                           SamplingParams(**sampling),
+                           SamplingParams(detokenize=False, **sampling),  # token by token: slow
                            use_tqdm=not BAR["disable"] and (lambda **bar: tqdm(**bar, **BAR)))
     answers = [(q, answer) for q, output in zip(questions, outputs) for answer in output.outputs]
-    rewards = verifier.verify([answer.text for _, answer in answers],
-                              [q["answer"] for q, _ in answers])
-    return [Rollout(q, list(a.token_ids), a.logprobs and a.logprobs.logprobs, a.text,
-                    a.finish_reason == "stop", reward) for (q, a), reward in zip(answers, rewards)]
+    texts = llm.get_tokenizer().batch_decode([answer.token_ids for _, answer in answers],
+                                             skip_special_tokens=True)
+    rewards = verifier.verify(texts, [q["answer"] for q, _ in answers])
+    return [Rollout(q, list(a.token_ids), a.logprobs and a.logprobs.logprobs, text,
+                    a.finish_reason == "stop", reward)
+            for (q, a), text, reward in zip(answers, texts, rewards)]
 
 def evaluate(llm, verifier, questions, step, args):
     """One answer to every question, into eval/step_N.jsonl; their means into eval/step_N.json."""
@@ -432,9 +429,8 @@ def evaluate(llm, verifier, questions, step, args):
     # the authors' sampling while training; Table 11 adds top-k 20 (evaluate.py)
     rollouts = generate(llm, verifier, own, args.seed + dist.get_rank(), temperature=0.6,
                         top_p=0.95, max_tokens=args.max_response_tokens)
-    fields = ("benchmark", "index", "answer")
-    records = [epistemic.record(r, question=r.question["messages"][-1]["content"],
-                                **{field: r.question[field] for field in fields}) for r in rollouts]
+    records = [epistemic.record(r, question=r.question["messages"][-1]["content"], **{
+        field: r.question[field] for field in ("benchmark", "index", "answer")}) for r in rollouts]
     records = sorted(all_gather(records), key=lambda r: (r["benchmark"], r["index"]))
     means = {name: epistemic.averages(list(group))
              for name, group in itertools.groupby(records, lambda r: r["benchmark"])}
@@ -484,8 +480,8 @@ class MasterAdamW:
     """AdamW on float32 copies (masters) of bfloat16 weights; tensor i belongs to rank i % ranks.
 
     A step of 1e-6 is a hundredth of bfloat16's spacing at a weight of 0.02: such a weight would
-    never move. Its master does, and the weight is the rounded master. Bytes a parameter, divided
-    among the ranks: 4 of master, 8 of moments, 2 for the sum of gradients. Qwen3-8B: 115 GB.
+    never move. Its master does; the weight is the rounded master. Bytes a parameter, shared out
+    over the ranks: 4 of master, 8 of moments, 2 of summed gradients. Qwen3-8B: 115 GB.
     """
 
     def __init__(self, model, device="cpu", **settings):
