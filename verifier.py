@@ -1,9 +1,9 @@
 r"""Questions with their answers, and: is this response correct?
 
 What follows the last `</think>` is graded, all of it if there is none: the last `\boxed{...}`, or
-the last <answer> if the gold has such tags.  To a gold that is a number, as in DAPO, AIME and AMC,
-one number of exactly that value is right, to a word that word.  What else there is math-verify
-compares, in a process with limits: model text is hostile, `\prod_{n=1}^{10^9} n!` never returns."""
+the last <answer> if the gold has such tags.  A gold that is a number, as in DAPO, AIME and AMC,
+wants one number of exactly that value, a word that word.  The rest goes to math-verify, in a
+process with limits, for model text is hostile: `\prod_{n=1}^{10^9} n!` never returns."""
 
 import contextlib
 import json
@@ -33,7 +33,7 @@ def load_questions(source):
     ValueError in one line names file, row and column of what no response could answer."""
     questions = []
     try:
-        for row in read_rows(source):
+        for row in read_rows(source) or [{}]:  # an empty file is refused for its first row
             questions.append(parse_question({name.lower(): row[name] for name in row}))
     except Exception as error:  # those of files and of the hub have no common class
         raise ValueError(f"{source}, row {len(questions) + 1}: {error}") from None
@@ -63,15 +63,14 @@ def parse_question(row):
     messages = [dict(role=m["role"], content=m["content"]) for m in asked if m["content"]]
     if not messages or messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
         raise ValueError("prompt, problem or question: no question that ends with the user's text")
-    column = next((name for name in ("reward_model", "answer", "final_answer", "solution")
-                   if row.get(name) is not None), "answer")
-    gold = row.get(column)
+    column, gold = next(((name, row[name]) for name in ("reward_model", "answer", "final_answer",
+                         "solution") if row.get(name) is not None), ("answer", ""))
     gold = gold[0] if isinstance(gold, list) and len(gold) == 1 else gold
     gold = int(gold) if isinstance(gold, float) and gold.is_integer() else gold  # not 1e+16
     gold = "" if isinstance(gold, (list, dict)) else str(gold).rpartition("####")[2]  # GSM8K
     gold = re.sub(r"\\boxed +([^\s$.{]+)", r"\\boxed{\1}", gold)  # MATH: so it is $\boxed 2$.
     gold = (last_boxed(gold) or gold).strip()
-    gold = re.sub(r"(?i)^(?:the )?(?:final )?answer(?: is:?|:) ?", "", gold)  # Answer: 5
+    gold = re.sub(r"(?i)^(?:the )?(?:final )?answer(?: is:?|:) *", "", gold)  # Answer: 5
     gold = re.sub(r"""^\[ ?(["']?)([^][,"']+)\1 ?\]$""", r"\2", gold)  # ["70"], [70]
     if gold.lower() in NO_ANSWER or len(gold) > 200:  # DAPO's, MATH's and AIME's have at most 53
         raise ValueError(f"{column}: no answer that a response could give: {gold[:80]!r}")
@@ -83,10 +82,9 @@ def parse_question(row):
     return dict(messages=messages, answer=gold, **solution)
 
 # ------------------------------------------------------------------------------------- Grading
-CHANGING = re.compile(  # what makes another answer of the number beside it, or guesses again
-    r"^[0-9]+[a-z] ?$|[,;<>]|\\(?:lor|ne|[lg]e|pm)|\b(?:or|and|not|never|if|to|than|more|less|"
-    r"least|most|is wrong|otherwise|approximately|squared|cubed|dozens?|tens|tenths?|hundred|"
-    r"hundredths?|thousand|\w?illion)\b")
+CHANGING = re.compile(r"^[0-9]+[a-z] ?$|[,;<>]|\\(?:lor|ne|[lg][et]|pm)|\{[ .eix]*\}|\b(?:or|and|"
+    r"not|never|if|to|than|more|less|least|most|is wrong|otherwise|approximately|squared|cubed|"
+    r"dozens?|ten(?:s|ths?)|hundred(?:ths?)?|thousand|\w?illion)\b")  # this is not the number alone
 SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
     (r"\\(?:left|right|displaystyle|bf)\b|\\(?:text)?color ?\{\w+\}|\\! ?|\\?\$|\.$", ""),  # \$42
     (r"(?<!\\)\\[,;: ]|~|\s+", " "),  # 12\,345
@@ -98,7 +96,7 @@ SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
     (r"(?<=[0-9}]) ?(?:\^?\{?\\text ?\{[A-Za-z /.()-]+\}\}?| [A-Za-z/. ]{2,})(?:\^\{?[23]\}?)?$",
      lambda unit: unit[0] if CHANGING.search(unit[0]) else ""))]  # 42 \text{ cm}^2, 42 km/h
 FACTOR = re.compile(  # 42, -1,234.5, (84/2), 10^{5}
-    r"[-+−]? ?\(?-?([1-9][0-9]{0,2}(?:(?:[, ]|\{,\})[0-9]{3})+(?:\.[0-9]+)?|[0-9]+\.?[0-9]*|"
+    r"[-+−]? ?(?:\(-?)?([1-9][0-9]{0,2}(?:(?:[, ]|\{,\})[0-9]{3})+(?:\.[0-9]+)?|[0-9]+\.?[0-9]*|"
     r"\.[0-9]+)(?:\^ ?\{?([0-9]{1,2})\}?)?(?: ?/ ?([0-9]*[1-9][0-9]*))?\)?")
 BOX_TOKEN = re.compile(r"(?P<box>\\?\\(?:boxed|fbox)\s*\{)|\\.|(?P<open>\{)|(?P<close>\})", re.S)
 
@@ -134,13 +132,17 @@ def compare(gold, answer):
     """1.0 or 0.0 where text, numbers and words settle it, else the pair for math-verify."""
     if gold == answer or gold.startswith("<answer>") or not 0 < len(answer) <= 500:  # an attack
         return float(gold == answer != "")
+    if gold.isdecimal() and answer.isdecimal():  # most wrong answers
+        return float(int(gold) == int(answer))
     for pattern, new in SPELLINGS:
         gold, answer = pattern.sub(new, gold).strip(), pattern.sub(new, answer).strip()
     number = read_number(gold)
-    *names, value = answer.replace("\\approx", "=").split("=")  # x = 42; not 2x = 42, not 43 = 42
-    named = {read_number(name.strip()) for name in names} <= {None, number}
-    if "=" not in gold and named and not any(map(CHANGING.search, names)):
-        answer = value.strip()
+    if "=" not in gold:
+        *names, value = answer.replace("\\approx", "=").split("=")
+        if not {read_number(name.strip()) for name in names} <= {None, number}:
+            return 0.0  # 43 = 42
+        if not any(map(CHANGING.search, names)):  # x = 42; not 2x = 42
+            answer = value.strip()
     if number is not None:
         return float(number == read_number(answer))
     if gold.replace(" ", "") == answer.replace(" ", ""):
@@ -152,20 +154,18 @@ def compare(gold, answer):
     return gold, answer
 
 class Verifier(contextlib.AbstractContextManager):
-    """Grades responses, formulas in up to `workers` processes of `memory_mb` MiB, an answer in
-    `timeout` seconds (the authors' 5).  One that meets a limit gets 0.0."""
+    """Grades in up to `workers` processes; an answer that meets a limit (seconds, MiB) gets 0.0."""
 
-    def __init__(self, workers=None, timeout=5.0, memory_mb=2048):
+    def __init__(self, workers=None, timeout=5.0, memory_mb=2048):  # 5 seconds, as the authors
         self.workers = workers or min(8, os.cpu_count() or 1)
         self.limits = [str(timeout), str(memory_mb)]
 
     def __exit__(self, *_):
         """Nothing is open: each batch ends its processes."""
 
-    def verify(self, responses, golds):
-        """1.0 for each response that is right, else 0.0."""
-        pairs = [(gold, find_answer(response, gold))
-                 for response, gold in zip(responses, map(str, golds), strict=True)]
+    def verify(self, texts, golds):
+        """A float for each text: 1.0 if its answer is right, else 0.0."""
+        pairs = [(gold, find_answer(text, gold)) for text, gold in zip(texts, golds, strict=True)]
         settled = {pair: compare(*pair) for pair in set(pairs)}
         formulas = sorted({pair for pair in settled.values() if isinstance(pair, tuple)})
         with ThreadPoolExecutor(self.workers) as threads:
@@ -180,8 +180,7 @@ class Verifier(contextlib.AbstractContextManager):
             run = subprocess.run(  # no fork: the trainer holds CUDA; sympy's sets want a fixed seed
                 [sys.executable, os.path.abspath(__file__), "--worker", *self.limits], text=True,
                 input="\n".join(map(json.dumps, formulas[len(verdicts):])), capture_output=True,
-                env=os.environ | {"PYTHONHASHSEED": "0", "CUDA_VISIBLE_DEVICES": ""},
-                start_new_session=True)
+                env=os.environ | {"PYTHONHASHSEED": "0"}, start_new_session=True)
             if not run.stdout.startswith("ready"):  # all-zero rewards would hide it
                 raise RuntimeError(f"verifier.py --worker: {run.stderr[-300:]}")
             verdicts += [*map(float, run.stdout.split()[1:]), 0.0]
@@ -199,16 +198,14 @@ def work(timeout, memory_mb):
     parser.parse_expr = lambda text, *_, **__: sympy.Rational(text)
     spelling = latex2sympy2.NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
     case = latex2sympy2.ConversionConfig(lowercase_symbols=False)  # k is not K
-
     def equal(*texts):
         gold, answer = [latex2sympy2.latex2sympy(text, None, True, False, spelling, case).subs(
             sympy.Symbol("i", real=True), sympy.I) for text in texts]
         if isinstance(gold, sympy.Expr) and isinstance(answer, sympy.Expr):
-            difference = (gold - answer).n(100)
+            difference = (gold - answer).expand()
             if difference.is_number:  # to verify, 1e-20 is 2e-20
-                return difference.is_finite and abs(difference) <= abs(gold) / 10**90
+                return difference.is_finite and abs(difference.n(100)) <= abs(gold) / 10**90
         return verify(gold, answer, timeout_seconds=None, allow_set_relation_comp=True)
-
     assert equal(r"\frac{1}{2}", "0.5")  # also warms the parser's caches
     resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
     print("ready", file=out, flush=True)
