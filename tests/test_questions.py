@@ -26,41 +26,32 @@ def load(path, *rows):
     dict(prompt=[dict(role="user", content=DAPO)], reward_model=dict(ground_truth="2")),
     dict(prompt="What is 1 + 1?\nPlease reason step by step.", answer="2"),
     dict(Problem="What is 1 + 1?" + INSTRUCTION, Answer=2),
-    dict(question="What is 1 + 1?", final_answer="2", answer=None),
-    dict(problem="What is 1 + 1?", answer="2", solution="So \\boxed{2}"),
-    dict(problem="What is 1 + 1?", solution="Adding, $1+1=\\boxed{2}$.", level="1")])
+    dict(problem="What is 1 + 1?", final_answer="2", answer=None, solution="So"),
+    dict(problem="What is 1 + 1?", solution="Adding, $1+1=\\boxed 2$.", level="1")])
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
 def test_every_schema(tmp_path, row, suffix):
-    (question,) = load(tmp_path / f"data{suffix}", row)
-    assert question.pop("solution", None) == row.get("solution")
+    solution = dict(solution=row["solution"]) if "solution" in row else {}
     messages = [dict(role="user", content="What is 1 + 1?" + INSTRUCTION)]
-    assert question == dict(messages=messages, answer="2")
+    wanted = dict(messages=messages, answer="2", **solution)
+    assert load(tmp_path / f"data{suffix}", row) == [wanted]
 
 def test_golds_that_people_have(tmp_path):
-    golds = {"2": ["2", 2, 2.0, " 2 ", ["2"], '["2"]', [2], "['2']", "[2]", "Answer: 2", "\\boxed 2",
-                   "The answer is \\boxed{2}", "so " * 99 + "\\boxed{2}", "1+1 <<2>>\n#### 2"],
-             "10000000000000000": [1e16], "[1, 2]": ["[1, 2]"], "even": ["even"]}
-    rows = [(text, gold) for text in golds for gold in golds[text]]  # texts and numbers in one file
-    questions = load(tmp_path / "data.json", *(dict(problem="a", answer=gold) for _, gold in rows))
-    assert [question["answer"] for question in questions] == [text for text, _ in rows]
-    (question,) = load(tmp_path / "data.json", dict(problem="a", solution="so $x = \\boxed 2$."))
-    assert question["answer"] == "2"
-
-@pytest.mark.parametrize("gold", [
-    "proof", "notfound", "N/A", "null", "None", None, float("nan"), float("inf"), "", " ",
-    ["1", "2"], [], dict(value=1), "so " * 99])
-def test_golds_that_can_never_be_right(tmp_path, gold):
-    with pytest.raises(ValueError, match="data.jsonl, row 2: answer"):
-        load(tmp_path / "data.jsonl", dict(problem="a", answer=1), dict(problem="b", answer=gold))
+    golds = ["2", 2, 2.0, " 2 ", ["2"], '["2"]', [2], "['2']", "[2]", "Answer: 2", "\\boxed{2}",
+             "The answer is \\boxed{2}", "so " * 99 + "\\boxed{2}", "1+1 <<2>>\n#### 2"]
+    rows = [dict(problem="a", answer=gold) for gold in [*golds, 1e16, "[1, 2]", "even"]]
+    answers = [question["answer"] for question in load(tmp_path / "data.json", *rows)]
+    assert answers == ["2"] * len(golds) + ["10000000000000000", "[1, 2]", "even"]
 
 @pytest.mark.parametrize("text, said", [
+    *[('{"problem": "a", "answer": 1}\n\n{"problem": "b", "answer": %s}' % json.dumps(gold),
+       "row 2: answer") for gold in ("proof", "notfound", "N/A", "null", "None", None, "", " ",
+                                     float("nan"), float("inf"), [1, 2], {"value": 1}, "a" * 201)],
     ('{"problem": "a", "answer": "1"}\n{"problem": " ", "answer": "1"}', "row 2: .*no question"),
-    ('{"answer": "1"}', "row 1: .*no question"), ("", "no question"), ("3", "row 1"),
+    ('{"answer": "1"}', "row 1: .*no question"), ("", "no question"), ('{"problem": 3}', "row 1"),
     ('{"prompt": [{"role": "system", "content": "a"}], "answer": "1"}', "row 1: .*no question"),
-    ('{"problem": 3, "answer": "1"}', "row 1"), ('{"prompt": ["a"], "answer": "1"}', "row 1"),
     ('{"problem": "a", "answer": "1"}\n\n{"problem": ', "line 3"),
     ('[{"problem": "a"},\n nonsense]', "line 2"), ("[" * 100_000, "data.jsonl")])
-def test_bad_files_are_named(tmp_path, text, said):
+def test_what_no_response_could_answer_is_named(tmp_path, text, said):
     (tmp_path / "data.jsonl").write_text(text)
     with pytest.raises(ValueError, match=said) as caught:
         load_questions(str(tmp_path / "data.jsonl"))
@@ -72,8 +63,5 @@ def test_bad_files_are_named(tmp_path, text, said):
 def test_the_papers_files(name, rows):
     questions = load_questions(str(BENCHMARKS / f"{name}.parquet"))
     texts = [question["messages"][-1]["content"] for question in questions]
-    assert len(questions) == rows and all(question["answer"] for question in questions)
-    assert all(text.endswith(INSTRUCTION) and text.count("step by step") == 1 or
-               "step by step" in text.removesuffix(INSTRUCTION) and name != "dapo_math_17k"
-               for text in texts)
-    assert not any("Remember to put" in text or "Solve the following math" in text for text in texts)
+    assert len(questions) == rows and all(text.endswith(INSTRUCTION.strip()) for text in texts)
+    assert not any("own line after" in text or text.count("step by step.") > 2 for text in texts)

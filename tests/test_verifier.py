@@ -1,6 +1,5 @@
 """verifier.py: what is graded, what is equal, and that no model text can harm a run."""
 import json
-import os
 import subprocess
 import sys
 import time
@@ -43,24 +42,18 @@ def test_answers(table, verdict):
     assert [c for c, said in zip(cases, grade(cases), strict=True) if said != verdict] == []
 
 @needs_shared
-def test_real_answers():
-    for name, refused in (("math_qwen2.5-math_nothink", 0), ("qwen3-8b_think-on", 13)):  # "3 kg of
-        rows = list(map(json.loads, (SHARED / f"responses/{name}.jsonl").open()))  # feathers."
-        texts = [r["response"] + (rf"\boxed{{{r['extracted']}}}" if refused else "") for r in rows]
-        verdicts = Verifier().verify(texts, [row["gold"] for row in rows])
-        errors = [row["correct"] - said for row, said in zip(rows, verdicts, strict=True)]
-        assert errors.count(-1) == 0 and errors.count(1) == refused
-
-@needs_shared
-def test_rates_on_crafted_answers():
-    for name, refused, accepted in (("round3", 4, 1), ("round4", 26, 25)):  # measured
-        rows = list(map(json.loads, (SHARED / f"verifier/{name}.jsonl").open()))
-        verdicts = grade([(row["gold"], row["answer"]) for row in rows])
-        errors = [row["correct"] - said for row, said in zip(rows, verdicts, strict=True)]
-        right = sum(row["correct"] for row in rows)
-        print(f"{name}: refused {errors.count(1)} of {right} right answers, accepted "
-              f"{errors.count(-1)} of {len(rows) - right} wrong ones")
-        assert errors.count(1) < 1.5 * refused and errors.count(-1) < 1.5 * accepted + 1
+@pytest.mark.parametrize("name, refused, accepted", [  # measured
+    ("math_qwen2.5-math_nothink", 0, 0), ("qwen3-8b_think-on", 13, 0),  # 5 kilograms of feathers
+    ("round3", 4, 1), ("round4", 26, 25)])  # these two are crafted
+def test_rates(name, refused, accepted):
+    (path,) = SHARED.glob(f"*/{name}.jsonl")
+    rows = list(map(json.loads, path.open()))
+    answers = [row.get("answer") or row["extracted"] or "" for row in rows]
+    verdicts = grade([(row["gold"], answer) for row, answer in zip(rows, answers)])
+    errors = [row["correct"] - said for row, said in zip(rows, verdicts, strict=True)]
+    print(f"{name}: of {len(rows)} answers {errors.count(1)} right ones are refused and "
+          f"{errors.count(-1)} wrong ones accepted")
+    assert errors.count(1) <= 1.5 * refused and errors.count(-1) <= 1.5 * accepted
 
 def test_two_numbers_side_by_side_are_never_their_sum():
     forms = [r"(@)(#)", "@(#)", "@ #", "@{#}", r"@\frac{#}{1}", r"@\binom{#}{1}", r"@\,#", "[@][#]"]
@@ -68,6 +61,7 @@ def test_two_numbers_side_by_side_are_never_their_sum():
              for form in forms for a in range(3, 10) for b in range(3, 10)]
     assert not any(grade(cases))
 
+@pytest.mark.slow
 def test_hostile_answers():
     start = time.monotonic()
     assert not any(Verifier().verify(TEXTS, ["7"] * len(TEXTS)))  # a number: no process
@@ -77,20 +71,17 @@ def test_hostile_answers():
     assert not Path("/tmp/owned").exists()
 
 def test_spellings_take_linear_time():
-    parts = r"\text{ } \frac{1} 9, {,} 9 \, ^\circ \approx x= \left( \color{ a \textbf . / ( - $ −"
-    for text in [part * 500 for part in parts.split(" ")] + ["9 " * 250, " " * 500, "a" * 499 + "1"]:
+    parts = r"\text{ }  \frac{1}  9,  {,}  9 \,  ^\circ  \approx  x=  (  \color{  a  .  /  -  9"
+    for text in [part * 500 for part in [" ", *parts.split("  ")]]:
         start = time.process_time()
         compare(r"\sqrt{2}", text[:500])
-        assert time.process_time() - start < 0.2, text[:20]
+        assert time.process_time() - start < 0.1, text[:20]
 
 def test_limits_and_kills_cost_one_answer():
     cases = [ALGEBRA, ENDLESS, ("x^2-1", "(x-1)(x+1)"), ("x^2-4", "(x-1)(x+1)")]
     assert grade(cases, timeout=2.0) == [1.0, 0.0, 1.0, 0.0]
     big = (r"\sqrt{5}", r"\sqrt{2^{2^{34}}+1}")
     assert grade([big, ALGEBRA], workers=1, timeout=20.0, memory_mb=700) == [0.0, 1.0]
-    killer = subprocess.Popen(["bash", "-c", f"sleep 8; pkill -9 -P {os.getpid()} -f -- --worker"])
-    assert grade([ENDLESS, ("x+1", "1+x+0")], workers=1) == [0.0, 1.0]
-    assert killer.wait() == 0  # it found the process that was busy
 
 def test_a_broken_installation_stops_the_run(monkeypatch, tmp_path):
     (tmp_path / "math_verify.py").write_text("raise ImportError('broken installation')")
@@ -99,7 +90,8 @@ def test_a_broken_installation_stops_the_run(monkeypatch, tmp_path):
         grade([ALGEBRA])
 
 def test_model_text_is_never_executed():
-    code = ("import sys, verifier, math_verify, sympy.physics.units; seen = []\n"
+    code = ("import sys, verifier; assert not {'sympy', 'torch'} & set(sys.modules)\n"  # light
+            "import math_verify, sympy.physics.units; seen = []\n"
             "sys.addaudithook(lambda event, args: seen.append(args) if event == 'compile' else 0)\n"
             "verifier.work(30, 4096)\n"  # sympy's polynomials compile monomial_..., imports files
             "assert all(str(a[1]).endswith('.py') or a[0].startswith(b'def monomial_')\n"
@@ -108,7 +100,3 @@ def test_model_text_is_never_executed():
     run = subprocess.run([sys.executable, "-c", code], input="\n".join(map(json.dumps, lines)),
                          check=True, timeout=90, text=True, capture_output=True, cwd=ROOT)
     assert run.stdout.split() == ["ready", "0", "1", "1"]
-
-def test_import_is_light():
-    code = "import sys, verifier; assert not {'sympy', 'math_verify', 'torch'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=30)
