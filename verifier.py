@@ -154,7 +154,7 @@ def compare(gold, answer):
     return gold, answer
 
 class Verifier(contextlib.AbstractContextManager):
-    """Grades in up to `workers` processes; an answer that meets a limit (seconds, MiB) gets 0.0."""
+    """Grades texts, 1.0 if right, else 0.0, as is one that meets a limit of seconds or MiB."""
 
     def __init__(self, workers=None, timeout=5.0, memory_mb=2048):  # 5 seconds, as the authors
         self.workers = workers or min(8, os.cpu_count() or 1)
@@ -164,7 +164,6 @@ class Verifier(contextlib.AbstractContextManager):
         """Nothing is open: each batch ends its processes."""
 
     def verify(self, texts, golds):
-        """A float for each text: 1.0 if its answer is right, else 0.0."""
         pairs = [(gold, find_answer(text, gold)) for text, gold in zip(texts, golds, strict=True)]
         settled = {pair: compare(*pair) for pair in set(pairs)}
         formulas = sorted({pair for pair in settled.values() if isinstance(pair, tuple)})
@@ -184,7 +183,7 @@ class Verifier(contextlib.AbstractContextManager):
             if not run.stdout.startswith("ready"):  # all-zero rewards would hide it
                 raise RuntimeError(f"verifier.py --worker: {run.stderr[-300:]}")
             verdicts += [*map(float, run.stdout.split()[1:]), 0.0]
-        return list(zip(formulas, verdicts))  # a process that lived has answered one too many
+        return list(zip(formulas, verdicts))  # of a process that lived, the last 0.0 is too much
 
 def work(timeout, memory_mb):
     """Answers each JSON line [gold, answer] with a line 1 or 0: are they equal?"""
@@ -204,7 +203,8 @@ def work(timeout, memory_mb):
         if isinstance(gold, sympy.Expr) and isinstance(answer, sympy.Expr):
             difference = (gold - answer).expand()
             if difference.is_number:  # to verify, 1e-20 is 2e-20
-                return difference.is_finite and abs(difference.n(100)) <= abs(gold) / 10**90
+                return difference == 0 or not difference.is_Rational and (
+                    difference.is_finite and abs(difference.n(100)) <= abs(gold) / 10**90)
         return verify(gold, answer, timeout_seconds=None, allow_set_relation_comp=True)
     assert equal(r"\frac{1}{2}", "0.5")  # also warms the parser's caches
     resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
