@@ -106,7 +106,7 @@ def test_after_think_what_was_thought_is_no_answer():
              "<think> no </think> <answer>B</answer>",
              "</think> <answer>B</answer> </think> <answer>", "<answer>B</think></answer>"]
     with Verifier(workers=1) as verifier:
-        grades = verifier.verify(texts, ["<answer>B</answer>"] * 5, after_think=True)
+        grades = verifier.verify(texts, ["<answer>B</answer>"] * 5)
     assert grades == [0.0, 0.0, 1.0, 0.0, 0.0]
 
 
