@@ -105,7 +105,7 @@ def read_lines(path, use):
                 text = line.decode("utf-8-sig", "surrogatepass").strip()
                 if text:
                     yield use(json.loads(text, strict=False))  # may hold raw control characters
-            except (ValueError, RecursionError) as error:
+            except Exception as error:  # what `use` raises has no common class
                 raise ValueError(f"{path}:{number}: {error}") from None
 
 def summarize_file(path, field):

@@ -35,7 +35,7 @@ import epistemic
 from verifier import Verifier, load_questions
 
 DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32  # weights, vLLM
-BAR = dict(leave=False, disable=not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0")
+TQDM = dict(leave=False, disable=not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0")
 
 # --- arguments, Table 11 -------------------------------------------------------------------------
 
@@ -206,7 +206,7 @@ def generate(llm, verifier, questions, seed, **sampling):
     llm.reset_prefix_cache()
     outputs = llm.generate([dict(prompt_token_ids=q["prompt_ids"]) for q in questions],
                            SamplingParams(detokenize=False, **sampling),  # token by token: slow
-                           use_tqdm=not BAR["disable"] and (lambda **bar: tqdm(**bar, **BAR)))
+                           use_tqdm=not TQDM["disable"] and (lambda **bar: tqdm(**bar, **TQDM)))
     answers = [(q, answer) for q, output in zip(questions, outputs) for answer in output.outputs]
     texts = llm.get_tokenizer().batch_decode([answer.token_ids for _, answer in answers],
                                              skip_special_tokens=True)

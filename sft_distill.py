@@ -1,9 +1,9 @@
-"""SFT on the model's own answers, off-policy self-distillation: Sec. 4 and Table 2 of the paper.
+"""SFT on the model's own responses, off-policy self-distillation: Sec. 4 and Table 2 of the paper.
 
-Two sets of correct answers to the same questions, both written by the model itself: d_ug, written
+Two sets of correct responses to the same questions, both written by the model itself: d_ug, written
 without help (long, with many epistemic words), and d_sg, written with a solution in the prompt
 (short, with few). Both are trained under the plain prompt. Fine-tuning on the first changes little;
-on the second it costs a third to two thirds of the score, although every answer is right.
+on the second it costs a third to two thirds of the score, although every response is right.
 
     M=deepseek-ai/DeepSeek-R1-Distill-Qwen-7B
     for D in d_ug d_sg; do torchrun --nproc_per_node 8 sft_distill.py --model $M \\
@@ -11,32 +11,28 @@ on the second it costs a third to two thirds of the score, although every answer
     torchrun --nproc_per_node 8 evaluate.py --model $M runs/sft/*/checkpoints/step_75     # Table 2
 
 --data is JSON Lines with `prompt` (messages, or the user's text) and `response` or `completion`, or
-with `messages` of which the last is the assistant's. The loss is the cross-entropy of the response
-and its end token, a mean over all tokens of a batch. The same command again resumes the run.
+with `messages` of which the last is the assistant's; reasoning beside that text is joined to it.
+The loss is the cross-entropy of the response and its end token, a mean over all tokens of a batch.
+The same command again resumes --run_dir, on any number of GPUs.
 
 Neither the paper nor the authors' code says how they trained. Ours is common practice for 800 long
-answers and a 7B model: full fine-tuning, 3 epochs, 32 examples a step (75 steps), AdamW at 1e-5,
+responses and a 7B model: full fine-tuning, 3 epochs, 32 examples a step (75 steps), AdamW at 1e-5,
 linear warm-up over the first tenth, then a cosine to 0, gradients clipped at 1.
 
-Watch: `loss` starts low, since the model wrote the answers itself (d_ug lower than d_sg: without
-the solution in the prompt a short answer is less likely), and falls slowly. In evaluate.py's table
+Watch: `loss` starts low, since the model wrote the responses itself (d_ug lower than d_sg: without
+the solution in the prompt a short one is less likely), and falls slowly. In evaluate.py's table
 length and epistemic change little with d_ug, and fall with d_sg.
 """
 import argparse
-import fcntl
-import itertools
 import json
 import math
 import os
 import random
 import re
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
-import warnings
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -51,54 +47,39 @@ from tqdm import tqdm
 
 import epistemic
 
-# --- arguments -----------------------------------------------------------------------------------
+DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32  # of model and gradients
+TQDM = dict(leave=False, disable=not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0")
 
-def number(kind, low, high=math.inf):
-    """A type for argparse: an int or a float from low to high."""
-    def number(text):
-        if not low <= kind(text) <= high:  # refuses nan, too
-            raise argparse.ArgumentTypeError(f"{text} does not lie between {low} and {high}")
-        return kind(text)
-    return number
+# --- arguments -----------------------------------------------------------------------------------
 
 def make_parser():
     parser = argparse.ArgumentParser(
-        description="SFT on the model's own answers (Sec. 4). The paper states no settings.",
+        description="SFT on the model's own responses (Sec. 4). The paper states no settings.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter, usage=argparse.SUPPRESS)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    count, share = number(int, 1), number(float, 0, 1)
     add("--model", required=True, help="hub id or Hugging Face folder")
     add("--data", required=True, help=".jsonl file of prompts and responses")
     add("--enable_thinking", action=switch, default=True, help="for Qwen3's chat template")
-    add("--max_prompt_tokens", type=count, default=2048, help="longer prompts are dropped")
-    add("--max_response_tokens", type=count, default=32768, help="longer examples are dropped")
-    add("--epochs", type=count, default=3, help="passes over the data")
-    add("--batch_size", type=count, default=32, help="examples per optimizer step, of all ranks")
-    add("--lr", type=share, default=1e-5, help="learning rate at its peak")
-    add("--warmup_ratio", type=share, default=0.1, help="share of the steps; then cosine to 0")
-    add("--tokens_per_micro_batch", type=count, default=24576, help="padding included")
-    add("--recompute_layers", action=switch, default=True, help="without: faster, bigger")
+    add("--max_prompt_tokens", type=int, default=2048, help="longer prompts are dropped")
+    add("--max_response_tokens", type=int, default=32768, help="longer responses are dropped")
+    add("--epochs", type=int, default=3, help="passes over the data")
+    add("--batch_size", type=int, default=32, help="examples per optimizer step, of all ranks")
+    add("--lr", type=float, default=1e-5, help="learning rate at its peak")
+    add("--warmup_ratio", type=float, default=0.1, help="part of the steps; then a cosine to 0")
+    add("--tokens_per_micro_batch", type=int, default=24576, help="padding included")
+    add("--recompute_layers", action=switch, default=True, help="--no-: faster, more memory")
     add("--run_dir", default="runs/sft", help="a new folder, or a run to resume")
-    add("--seed", type=number(int, 0), default=0, help="of data order")
-    add("--save_every", type=count, default=25, help="steps between checkpoints")
+    add("--seed", type=int, default=0, help="of data order")
+    add("--save_every", type=int, default=25, help="steps between checkpoints")
     add("--wandb", action="store_true", help="metrics to Weights & Biases, too")
     return parser
 
 # --- data ----------------------------------------------------------------------------------------
 
 def render(tokenizer, messages, enable_thinking):
-    """Token ids of a chat up to where the answer begins (Table 12); the template writes any BOS.
-
-    A control token in a message, such as <|im_end|>, is broken by a space, so that it stays text.
-    Not <think>: a demonstration needs it.
-    """
-    control = "|".join(re.escape(t.content) for t in tokenizer.added_tokens_decoder.values()
-                       if t.special or re.search("[|｜]", t.content))
-    messages = [dict(m, content=re.sub(control or "(?!)", lambda t: f"{t[0][0]} {t[0][1:]}",
-                                       m["content"])) for m in messages]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True,
+    """Token ids of a chat up to where the answer begins (Table 12)."""
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False,
                                          enable_thinking=enable_thinking)
-    return tokenizer.encode(text, add_special_tokens=False)
 
 @dataclass
 class Example:
@@ -117,40 +98,41 @@ def messages_and_response(row):
     *messages, last = row.get("messages") or [
         *chat("user", row.get("prompt")),
         *chat("assistant", row.get("response") or row.get("completion"))]
-    texts = [m[key] for m in [*messages, last] for key in ("role", "content")]
+    texts = [m.get(key) for m in [*messages, last] for key in ("role", "content")]
     if not messages or not all(isinstance(text, str) and text.strip() for text in texts):
         raise ValueError("a text is empty or missing")
     if last["role"] != "assistant":
         raise ValueError("the last message is not the assistant's")
-    return messages, last["content"]
+    return messages, epistemic.with_trace(last["content"], epistemic.trace_of(last, row))
+
+def end_token(tokenizer):
+    """The id that the chat template writes after a response; the tokenizer's own end may differ."""
+    chat = [dict(role="user", content="Question"), dict(role="assistant", content="Response")]
+    after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("Response")[2].strip()
+    return [*tokenizer.encode(after, add_special_tokens=False), tokenizer.eos_token_id][0]
+
+def response_tokens(response, prompt_ids, end, tokenizer):
+    """Token ids that are trained: what the prompt already holds goes, one end token comes."""
+    thinking = re.search(r"<think>\s*(</think>\s*)?$", tokenizer.decode(prompt_ids))
+    if thinking:  # opened by DeepSeek-R1-Distill's template, opened and closed by Qwen3's
+        response = re.sub(r"^\s*" + re.sub(r"\s+", r"\\s*", thinking[0]), "", response)
+    response = re.sub(rf"{re.escape(tokenizer.decode(end))}\s*$", "", response)
+    return [*tokenizer.encode(response, add_special_tokens=False), end]
 
 def read_examples(path, tokenizer, args):
-    """[Example] of a .jsonl file; drops those that are too long.
-
-    The response becomes tokens again and gets the end token that the template writes after it.
-    """
-    examples = []
-    for line, text in enumerate(Path(path).read_bytes().split(b"\n"), 1):
-        if not text.strip():
-            continue
-        try:
-            messages, response = messages_and_response(json.loads(text.decode("utf-8-sig")))
-            prompt_ids = render(tokenizer, messages, args.enable_thinking)
-            if tokenizer.decode(prompt_ids).endswith("<think>\n"):
-                # DeepSeek-R1-Distill's template writes it: a second one would be trained
-                response = re.sub(r"^\s*<think>\n?", "", response)
-            response_ids = tokenizer.encode(response, add_special_tokens=False)
-        except Exception as error:  # what JSON, a template and a tokenizer raise: no common class
-            raise ValueError(f"--data {path}, line {line}: needs a prompt and a response "
-                             f"({type(error).__name__}: {error})") from None
-        examples.append(Example(prompt_ids, [*response_ids, tokenizer.eos_token_id], response))
-    kept = [r for r in examples if len(r.prompt_ids) <= args.max_prompt_tokens
-            and len(r.response_ids) <= args.max_response_tokens]
-    say(f"{path}: {len(kept):,} of {len(examples):,} examples fit --max_prompt_tokens and "
-        "--max_response_tokens")
-    if not kept:
+    """[Example] of a .jsonl file; drops those that are too long. ValueError names a bad line."""
+    end = end_token(tokenizer)
+    def example(row):
+        messages, response = messages_and_response(row)
+        prompt_ids = render(tokenizer, messages, args.enable_thinking)
+        return Example(prompt_ids, response_tokens(response, prompt_ids, end, tokenizer), response)
+    examples = list(epistemic.read_lines(path, example))
+    fitting = [r for r in examples if len(r.prompt_ids) <= args.max_prompt_tokens
+               and len(r.response_ids) <= args.max_response_tokens]
+    say(f"{path}: {len(fitting):,} of {len(examples):,} examples fit")
+    if not fitting:
         raise ValueError(f"--data {path}: no example fits")
-    return kept
+    return fitting
 
 def make_batches(examples, args):
     """The examples of each step: shuffled anew every epoch."""
@@ -164,21 +146,79 @@ def make_batches(examples, args):
 
 CHUNK = 512  # positions at once in the LM head: 512 x 151,936 float32 logits are 0.3 GB
 
-def logprobs_at(hidden, head, ids, temperature):
-    """log p of token ids (C, k) after hidden states (C, D), of the full softmax: (C, k) float32."""
-    logits = head(hidden).float().div_(temperature)  # (C, V)
-    return logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)
-
 def token_logprobs(hidden, head, targets, temperature):
     """log p(target) at N positions, (N,) float32; hidden (N, D) predict targets (N,).
 
-    (N, V) never exists: `checkpoint` drops a chunk's logits after its forward and computes them
-    again in backward.
+    Logits (N, V) never exist: `checkpoint` computes those of a chunk again in backward.
     """
-    def chunk(hidden, target):
-        return logprobs_at(hidden, head, target[:, None], temperature)[:, 0]
+    def chunk_logprobs(hidden, target):
+        logits = head(hidden).float().div_(temperature)  # (C, V)
+        return logits.gather(-1, target[:, None])[:, 0] - logits.logsumexp(-1)
     chunks = zip(hidden.split(CHUNK), targets.split(CHUNK))
-    return torch.cat([checkpoint(chunk, *parts, use_reentrant=False) for parts in chunks])
+    return torch.cat([checkpoint(chunk_logprobs, *chunk, use_reentrant=False) for chunk in chunks])
+
+def response_states(model, prompts, responses):
+    """(last hidden states (N, D) that predict the response tokens, LM head)."""
+    sequences = [torch.tensor([*p, *y]) for p, y in zip(prompts, responses)]
+    ids = pad_sequence(sequences, batch_first=True).to(model.device)  # (B, T)
+    # no attention mask: no token sees the padding after it, and the fast kernel applies
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
+    hidden = torch.cat([h[len(p) - 1 : len(p) + len(y) - 1]  # position t predicts token t + 1
+                        for h, p, y in zip(hidden, prompts, responses)])
+    return hidden, model.get_output_embeddings()
+
+class Student(torch.nn.Module):
+    """What DDP wraps: all that has gradients in one forward, so that its hooks see it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, micro_batch):
+        """Log-probabilities of a micro-batch's response tokens, (N,)."""
+        responses = [r.response_ids for r in micro_batch]
+        hidden, head = response_states(self.model, [r.prompt_ids for r in micro_batch], responses)
+        targets = torch.tensor([t for y in responses for t in y], device=self.model.device)  # (N,)
+        return token_logprobs(hidden, head, targets, temperature=1.0)
+
+# --- update --------------------------------------------------------------------------------------
+
+def micro_batches_of_rank(rollouts, token_budget):
+    """Similar lengths together, up to token_budget with padding; what is longer stands alone."""
+    batches, ranks = [], dist.get_world_size()
+    for r in sorted((r for r in rollouts if r.weight), key=lambda r: r.tokens()):
+        if batches and (len(batches[-1]) + 1) * r.tokens() <= token_budget:
+            batches[-1].append(r)
+        else:
+            batches.append([r])
+    while len(batches) % ranks:  # DDP needs the same number on each rank
+        batches.append([replace(batches[0][0], weight=0.0)])
+    return batches[dist.get_rank() :: ranks]
+
+ROUND = 32  # micro-batches summed in bfloat16 before add_gradients: error 0.7%; with 683: 18%
+
+def update(model, optimizer, batch, lr, args):
+    """One optimizer step; returns the metrics. Every rank holds the whole batch."""
+    for w in model.parameters():  # made before DDP, they move into its buckets: no second copy
+        w.grad = torch.zeros_like(w)
+    ddp = DistributedDataParallel(Student(model), gradient_as_bucket_view=True, init_sync=False)
+    tokens = sum(len(r.response_ids) for r in batch)
+    for r in batch:  # the mean over all tokens of the batch
+        r.weight = 1 / tokens
+    micro_batches = micro_batches_of_rank(batch, args.tokens_per_micro_batch)
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
+    for i, micro_batch in enumerate(tqdm(micro_batches, "update", **TQDM), 1):
+        weight = torch.tensor([r.weight for r in micro_batch for _ in r.response_ids])
+        ddp.require_backward_grad_sync = i % ROUND == 0 or i == len(micro_batches)
+        loss = -(ddp(micro_batch) * weight.to(model.device)).sum()
+        (loss * dist.get_world_size()).backward()  # DDP takes the mean over ranks, not the sum
+        if ddp.require_backward_grad_sync:
+            optimizer.add_gradients()
+        total += loss.detach()
+    dist.all_reduce(total)
+    norm = optimizer.step(lr, max_norm=1.0)
+    return dict(loss=total.item(), grad_norm=norm, lr=lr, trained_tokens=tokens,
+                skipped=int(not math.isfinite(norm)))
 
 def learning_rate(step, steps, args):
     """Of step 1..steps: linear over the first --warmup_ratio of them, then a cosine to 0."""
@@ -187,221 +227,108 @@ def learning_rate(step, steps, args):
         return args.lr * step / warmup
     return args.lr * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup + 1))) / 2
 
-# --- update --------------------------------------------------------------------------------------
-
-def my_micro_batches(rollouts, token_budget):
-    """This rank's micro-batches: similar lengths together, as many as fit the budget once padded.
-
-    A rank takes every world_size-th, so that all have similar lengths. DDP needs the same number on
-    each: the last ranks may get a copy with weight 0.
-    """
-    batches, ranks = [], dist.get_world_size()
-    for r in sorted(rollouts, key=lambda r: r.tokens()):
-        if batches and (len(batches[-1]) + 1) * r.tokens() <= token_budget:
-            batches[-1].append(r)
-        else:
-            batches.append([r])
-    batches += [[replace(batches[0][0], weight=0.0)]] * (-len(batches) % ranks)
-    return batches[dist.get_rank() :: ranks]
-
-def response_hidden(model, prompts, responses):
-    """Last hidden states that predict the response tokens, (N, D), sequence by sequence.
-
-    Padded on the right, without an attention mask: causal attention keeps real tokens from seeing
-    the padding after them, and the fast kernel applies.
-    """
-    sequences = [torch.tensor([*p, *y]) for p, y in zip(prompts, responses)]
-    ids = pad_sequence(sequences, batch_first=True).to(model.device)  # (B, T)
-    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
-    return torch.cat([h[len(p) - 1 : len(p) + len(y) - 1]  # position t predicts token t + 1
-                      for h, p, y in zip(hidden, prompts, responses)])
-
-class Student(torch.nn.Module):
-    """What DDP wraps: backbone and LM head in one forward, so that its hooks see them all."""
-
-    def __init__(self, model, args):
-        super().__init__()
-        self.model, self.args = model, args
-
-    def forward(self, micro_batch):
-        """Log-probabilities of a micro-batch's response tokens, (N,)."""
-        responses = [r.response_ids for r in micro_batch]
-        hidden = response_hidden(self.model, [r.prompt_ids for r in micro_batch], responses)
-        targets = torch.tensor([t for y in responses for t in y], device=hidden.device)
-        head = self.model.get_output_embeddings()
-        return token_logprobs(hidden, head, targets, temperature=1.0)
-
-# Micro-batches between two all-reduces. bfloat16 has 8 bits: the gradients of 683 micro-batches
-# added one by one came out 18% wrong, in rounds of 32 0.7% (benchmarks/README.md).
-ROUND = 32
-
-DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32  # weights and gradients
-
-def update(ddp, optimizer, batch, lr):
-    """One optimizer step; returns the metrics. Every rank holds the whole batch."""
-    device, tokens = ddp.module.model.device, sum(len(r.response_ids) for r in batch)
-    for r in batch:
-        r.weight = 1 / tokens
-    micros = my_micro_batches(batch, ddp.module.args.tokens_per_micro_batch)
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    bar = progress(total=len(micros), desc="update", unit="micro-batch")
-    for i, micro_batch in enumerate(micros, 1):
-        weight = torch.tensor([r.weight for r in micro_batch for _ in r.response_ids]).to(device)
-        ddp.require_backward_grad_sync = i % ROUND == 0 or i == len(micros)
-        loss = -(ddp(micro_batch) * weight).sum()
-        (loss * dist.get_world_size()).backward()  # DDP takes the mean over ranks, not the sum
-        if ddp.require_backward_grad_sync:
-            optimizer.add_gradients()
-        total += loss.detach()
-        bar.update()
-    bar.close()
-    dist.all_reduce(total)
-    norm = optimizer.step(lr, max_norm=1.0)
-    unused, memory = torch.cuda.mem_get_info() if device.type == "cuda" else (
-        0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    return dict(loss=total.item(), grad_norm=norm, updates=int(math.isfinite(norm)), lr=lr,
-                skipped=int(not math.isfinite(norm)), trained_tokens=tokens,
-                peak_memory_gb=(memory - unused) / 1e9)
-
 # --- run -----------------------------------------------------------------------------------------
 
 def main():
     parser = make_parser()
     args = parser.parse_args()
-    try:  # bad input ends with one line and exit code 2, before a model is loaded
-        path, tokenizer = load_tokenizer(
-            args.model, args.max_prompt_tokens + args.max_response_tokens)
+    device = start_process_group()
+    try:  # bad input ends with one line (a rank) and exit code 2
+        from transformers import AutoTokenizer  # takes seconds, --help waits for none
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
         examples = read_examples(args.data, tokenizer, args)
         batches = make_batches(examples, args)
-        args.examples, args.steps = len(examples), len(batches)  # a run resumes with the same data
-        begin_run(args, path)
-    except Exception as error:  # what transformers raises has no common class
+        args.examples, args.steps = len(examples), len(batches)  # a run resumes with as many
+        model = load_model(args.model)
+        begin_run(args)
+    except Exception as error:  # what transformers and Jinja raise has no common class
         parser.error(" ".join(str(error).split()))
-    if args.steps in resumable(args.run_dir):
-        return say(f"{args.run_dir} has finished its {args.steps} steps")
-    device = start_process_group()
-    say(f"{args.model} loads")
-    model = load_model(path, device)
-    compile_layers(model)
+
+    model.to(device).train()
     if args.recompute_layers:
-        model.train().gradient_checkpointing_enable(dict(use_reentrant=False))
+        model.gradient_checkpointing_enable(dict(use_reentrant=False))
     optimizer = MasterAdamW(model, lr=args.lr, weight_decay=0.01)
-    done = load_checkpoint(args.run_dir, optimizer.tensors())  # steps
-    write_weights(optimizer.masters, model)
-    ddp = with_gradients(Student(model, args))
+    state = dict(masters=optimizer.masters, moments=optimizer.moments)
+    done = load_checkpoint(args.run_dir, state)  # steps
+    optimizer.write_weights(optimizer.masters, model)  # a resumed run's are the checkpoint's
+    say("on a GPU the first update compiles the layers, minutes")
     for step, batch in enumerate(batches[done:], done + 1):
         start = time.time()
-        metrics = update(ddp, optimizer, batch, learning_rate(step, args.steps, args))
-        log(args, step, batch, metrics, time.time() - start)
+        metrics = update(model, optimizer, batch, learning_rate(step, args.steps, args), args)
+        metrics["seconds"] = dict(update=time.time() - start)
+        log(args, step, batch, metrics)
         if step % args.save_every == 0 or step == args.steps:
-            save_checkpoint(model, tokenizer, step, optimizer.tensors(), args.run_dir)
+            save_checkpoint(model, tokenizer, step, state, args.run_dir)
     say(f"results are in {args.run_dir}")
-    del ddp  # before its process group: afterwards that may hang (gloo, torch 2.13)
     dist.destroy_process_group()
 
-# --- logging (from here on nothing of the paper) -------------------------------------------------
+# --- a reader of the paper may stop here: log, weights, files, processes -------------------------
 
-def log(args, step, batch, metrics, seconds):
-    """A line of metrics.jsonl and one on the screen; length and epistemic are the examples'."""
+def log(args, step, batch, metrics):
+    """A line of metrics.jsonl, one on the screen; length and epistemic are the examples'."""
     if dist.get_rank():
         return
     m = dict(step=step, length=metrics["trained_tokens"] / len(batch),
-             epistemic=sum(epistemic.count(r.text) for r in batch) / len(batch), **metrics,
-             seconds=dict(update=seconds), tokens_per_second=metrics["trained_tokens"] / seconds)
+             epistemic=sum(epistemic.count(r.text) for r in batch) / len(batch), **metrics)
     with open(Path(args.run_dir, "metrics.jsonl"), "a") as file:
         file.write(json.dumps(m) + "\n")
     if args.wandb:
-        import wandb
-        wandb.log(m, step=step)
-    result = f"loss {m['loss']:.3f}" if m["updates"] else "skipped: gradient not finite"
-    minutes = (args.steps - step) * seconds / 60
-    left = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
-    say(f"step {step}/{args.steps}  {result}  {m['tokens_per_second']:,.0f} tokens/s  {left} left")
-
-class progress(tqdm):
-    """A bar that leaves no line on a terminal; elsewhere it writes once a minute at most."""
-
-    def __init__(self, *args, **kwargs):
-        wait = 0.1 if sys.stderr.isatty() else 60
-        super().__init__(*args, **kwargs, leave=False, mininterval=wait, maxinterval=wait,
-                         delay=wait, disable=dist.get_rank() != 0)
-
-    def refresh(self, *args, **kwargs):  # vLLM calls it at the end, whatever the delay
-        if time.time() > self.start_t + self.delay:
-            super().refresh(*args, **kwargs)
+        sys.modules["wandb"].log(m, step=step)  # begin_run has imported it
+    left = timedelta(seconds=round((args.steps - step) * m["seconds"]["update"]))
+    say(f"step {step}/{args.steps}  loss {m['loss']:.3f}  {left} left")
 
 def say(message):
     """A line on the screen, from the first rank only."""
-    if os.environ.get("RANK", "0") == "0":
+    if dist.get_rank() == 0:
         print(message, flush=True)
 
-# --- memory --------------------------------------------------------------------------------------
-
-def load_model(path, device):
-    from transformers import AutoModelForCausalLM, logging as transformers_logging
-    transformers_logging.disable_progress_bar()
+def load_model(path):
+    """A model in CPU memory. Compiled layers make an update on a GPU 1.3 to 1.55 times as fast."""
+    from transformers import AutoModelForCausalLM, logging
+    logging.disable_progress_bar()
     model, found = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPE, output_loading_info=True)
     if found["missing_keys"]:  # transformers only warns, and draws them at random
-        sys.exit(f"error: weights are missing in {path}: {sorted(found['missing_keys'])[:3]} ...")
+        raise ValueError(f"{path}: weights are missing: {sorted(found['missing_keys'])[:3]} ...")
     model.generation_config.do_sample = True  # transformers saves no temperature without it
-    return model.to(device)
-
-def compile_layers(*models):
-    """On a GPU an update takes 1.3 to 1.55 times less time; small ones like the toy gain none."""
-    if models[0].device.type == "cuda" and models[0].num_parameters() > 1e8:
-        say("the first update compiles the layers: minutes")
+    if torch.cuda.is_available() and model.num_parameters() > 1e8:  # small ones gain nothing
         torch._dynamo.config.recompile_limit = 64  # one code object for all layers, 8 graphs of it
         torch._dynamo.config.optimize_ddp = False  # else DDP cuts the graphs up: 11 instead of 7
-        for layer in itertools.chain(*(model.get_decoder().layers for model in models)):
+        for layer in model.get_decoder().layers:
             layer.compile(dynamic=True)
-
-def with_gradients(student):
-    """DDP of the student, with gradients of 0 that are views of its buckets."""
-    for p in student.parameters():
-        p.grad = torch.zeros_like(p)  # else micro-batches add up in memory beside the buckets
-    return DistributedDataParallel(student, gradient_as_bucket_view=True, init_sync=False,
-                                   forward_sync_buffers=False)
-
-@torch.no_grad()
-def write_weights(owned, model):
-    """Every rank's float32 tensors, {name: tensor} of each world_size-th weight, into the model."""
-    rank, ranks, weights = dist.get_rank(), dist.get_world_size(), list(model.parameters())
-    for weight, tensor in zip(weights[rank::ranks], owned.values()):
-        weight.copy_(tensor)
-    for i, weight in enumerate(weights):
-        dist.broadcast(weight.detach(), i % ranks)
+    return model
 
 class MasterAdamW:
     """AdamW on float32 copies (masters) of bfloat16 weights; tensor i belongs to rank i % ranks.
 
-    A step of 1e-6 is a hundredth of bfloat16's spacing at a weight of 0.02: such a weight would
-    never move. Its master does, and the weight is the rounded master. Bytes a parameter: on every
-    GPU 2 of weight and 2 of gradient; in CPU memory, divided among the ranks (ZeRO stage 1), 4 of
-    master, 8 of moments, 2 for the sum of gradients. Qwen3-8B: 33 GB and 115 GB.
+    At a rate of 1e-6 a step is a hundredth of bfloat16's spacing at a weight of 0.02, which would
+    never move. Its master does; the weight is the rounded master. Bytes a parameter, of all ranks:
+    4 of master, 8 of moments, 2 of summed gradients. Qwen3-8B: 115 GB.
     """
 
-    def __init__(self, model, **settings):
+    def __init__(self, model, device="cpu", **settings):
         self.model, named = model, list(model.named_parameters())
-        self.mine = dict(named[dist.get_rank() :: dist.get_world_size()])
-        self.sums = [torch.zeros_like(w, device="cpu") for w in self.mine.values()]
-        self.masters = {name: w.detach().to("cpu", torch.float32, copy=True)
-                        for name, w in self.mine.items()}
+        self.owned = dict(named[dist.get_rank() :: dist.get_world_size()])
+        self.sums = [torch.zeros_like(w, device=device) for w in self.owned.values()]
+        self.masters = {name: w.detach().to(device, torch.float32, copy=True)
+                        for name, w in self.owned.items()}
+        self.buffer = torch.empty(max(w.numel() for w in self.owned.values()), device=device,
+                                  pin_memory=torch.cuda.is_available() and device == "cpu")
         self.adamw = torch.optim.AdamW(self.masters.values(), fused=True, **settings)
-        for m in self.masters.values():  # as AdamW does in its first step: checkpoints load into it
-            self.adamw.state[m] = dict(step=torch.zeros(()), exp_avg=torch.zeros_like(m),
-                                       exp_avg_sq=torch.zeros_like(m))
+        self.moments = {name: dict(step=m.new_zeros(()), exp_avg=torch.zeros_like(m),
+                                   exp_avg_sq=torch.zeros_like(m))
+                        for name, m in self.masters.items()}  # checkpoints load into them
+        self.adamw.state.update(zip(self.masters.values(), self.moments.values()))
 
-    def tensors(self):
-        """{name: tensor} of what this rank holds, for a checkpoint."""
-        return {f"{name}.{key}": tensor for name, m in self.masters.items()
-                for key, tensor in dict(self.adamw.state[m], master=m).items()}
+    def copy(self, tensor, dtype):
+        """A copy in the one buffer, until the next: in new memory it takes five times as long."""
+        return self.buffer.view(dtype)[: tensor.numel()].view_as(tensor).copy_(tensor)
 
     @torch.no_grad()
     def add_gradients(self):
         """Adds the weights' gradients to their owners' sums, and sets them to 0."""
-        for weight, total in zip(self.mine.values(), self.sums):
-            total += weight.grad.to("cpu")
-        torch._foreach_zero_([w.grad for w in self.model.parameters()])
+        for weight, total in zip(self.owned.values(), self.sums):
+            total += self.copy(weight.grad, total.dtype)
+        self.model.zero_grad(set_to_none=False)
 
     @torch.no_grad()
     def step(self, lr, max_norm):
@@ -411,105 +338,65 @@ class MasterAdamW:
         square = torch.stack(torch._foreach_norm(pieces, dtype=torch.float32)).square().sum()
         dist.all_reduce(square)
         norm = square.sqrt().item()
+        scale = min(1.0, max_norm / (norm + 1e-6))
         self.adamw.param_groups[0]["lr"] = lr
-        for master, total in zip(self.masters.values(), self.sums):
-            if math.isfinite(norm):  # tensor by tensor: the gradient is never whole in float32
-                master.grad = total.float() * min(1.0, max_norm / (norm + 1e-6))
+        for master, total in zip(self.masters.values(), self.sums):  # never all in float32
+            if math.isfinite(norm):
+                master.grad = self.copy(total, torch.float32).mul_(scale)
                 self.adamw.step()
                 master.grad = None
             total.zero_()
-        write_weights(self.masters, self.model)
+        self.write_weights(self.masters, self.model)
         return norm
 
-# --- files ---------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def write_weights(self, tensors, model):
+        """Every owner's tensors, {name: tensor}, into the model on all ranks."""
+        for i, (name, weight) in enumerate(model.named_parameters()):
+            if name in tensors:
+                weight.copy_(self.copy(tensors[name], weight.dtype))
+            dist.broadcast(weight.detach(), i % dist.get_world_size())
 
-def load_tokenizer(name, positions):
-    """(folder, tokenizer) of a model. A hub id is resolved here, once: its branch may move."""
-    from huggingface_hub import snapshot_download
-    from transformers import AutoConfig, AutoTokenizer
-    try:
-        path = name if Path(name).is_dir() else snapshot_download(
-            name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"])
-    except Exception as error:  # no such id, no network, no access: no common class
-        raise ValueError(f"--model {name}: no folder, and not on the hub ({error})") from None
-    config, tokenizer = AutoConfig.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-    if tokenizer.chat_template is None:
-        raise ValueError(f"--model {name}: its tokenizer has no chat template")
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(f"--model {name}: its tokenizer has {len(tokenizer):,} tokens, the model "
-                         f"only {config.vocab_size:,}")
-    if positions > config.max_position_embeddings:
-        raise ValueError(f"--max_prompt_tokens and --max_response_tokens: {positions:,} together, "
-                         f"but {name} has {config.max_position_embeddings:,} positions")
-    return path, tokenizer
+MAY_CHANGE = ("run_dir", "save_every", "wandb", "tokens_per_micro_batch", "recompute_layers")
 
-def begin_run(args, path):
-    """Locks --run_dir, writes config.json. ValueError if it is another run's; --steps may grow."""
+def begin_run(args):
+    """Writes config.json. ValueError if the run had other flags, but for those that MAY_CHANGE."""
     import transformers
-    file, script = Path(args.run_dir, "config.json"), Path(sys.argv[0]).name
-    if os.environ.get("RANK", "0") != "0":
-        return
-    if args.wandb:
-        import wandb  # before anything is written
-    config = dict(vars(args), files=fingerprint(path, args.data))
-    began = json.loads(file.read_text()) if file.exists() else {}
-    there = [p for p in file.parent.glob("*") if p.suffix not in (".part", ".lock")]
-    if there and began.get("script") != script:
-        raise ValueError(f"--run_dir {args.run_dir} holds something else: name a new folder")
-    if not resumable(args.run_dir):
+    file = Path(args.run_dir, "config.json")
+    config = dict(vars(args), script=Path(sys.argv[0]).name)
+    if resumable(args.run_dir):
+        before = json.loads(file.read_text())
+        changed = [f"--{name} was {before.get(name)}" for name, value in config.items()
+                   if name not in MAY_CHANGE and before.get(name) != value]
+        if changed:
+            raise ValueError(f"--run_dir {args.run_dir} holds another run: {', '.join(changed)}")
+    if dist.get_rank() == 0:
         commit = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
         versions = dict(torch=torch.__version__, transformers=transformers.__version__)
-        began = dict(config, script=script, id=began.get("id") or f"{time.time_ns():x}",
-                     commit=commit, versions=versions,
-                     world_size=int(os.environ.get("WORLD_SIZE", 1)))
-    changed = [f"--{name} was {began.get(name)}" for name, value in vars(args).items()
-               if began.get(name) != value and name != "run_dir"  # it may have been moved
-               and (name != "steps" or value < began["steps"])]
-    changed += sorted({*began.get("files", [])} ^ {*config["files"]})
-    if changed:
-        raise ValueError(f"--run_dir {args.run_dir} began with other flags or files: "
-                         f"{', '.join(changed)}; repeat them, or name a new folder")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:  # held until this process ends, however it ends
-        lock = os.open(file.with_name("run.lock"), os.O_RDWR | os.O_CREAT)
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"--run_dir {args.run_dir}: another process trains in it") from None
-    write_lines(file, [began | config])
-    if args.wandb:  # its own WANDB_PROJECT, WANDB_NAME, ... apply
-        name = os.environ.get("WANDB_NAME", args.run_dir)
-        wandb.init(id=began["id"], name=name, resume="allow", config=vars(args))
-
-def fingerprint(*sources):
-    """Name, size and modification time of the files: data, and weights in a model's folder."""
-    files = [file for source in map(Path, sources)
-             for file in (sorted(source.glob("*.safetensors")) if source.is_dir() else [source])]
-    return [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}"
-            for file in files if file.is_file()]
+        write_lines(file, [dict(config, commit=commit, versions=versions)])
+        if args.wandb:
+            import wandb
+            wandb.init(name=args.run_dir, config=config)
 
 def write_lines(path, rows):
-    """JSON Lines, written aside and renamed: a reader never finds half a file."""
+    """JSON Lines, renamed when complete: a reader never finds half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".part")
-    aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    aside.rename(path)
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    unfinished.rename(path)
 
 def save_checkpoint(model, tokenizer, step, state, run_dir):
-    """A Hugging Face folder with the trainer's state in it, renamed when it is whole.
-
-    The weights of all checkpoints stay, for evaluate.py; of the state, 6 times as large, two.
-    """
+    """A Hugging Face folder and the trainer's state, renamed when whole; only two states stay."""
     folder = Path(run_dir, f"checkpoints/step_{step}")
-    aside = folder.with_name(folder.name + ".part")
+    unfinished = folder.with_suffix(".part")
     if dist.get_rank() == 0:
-        shutil.rmtree(aside, ignore_errors=True)  # left by a killed run
-        model.save_pretrained(aside, max_shard_size="4GB")  # a shard goes through CPU memory
-        tokenizer.save_pretrained(aside)
+        shutil.rmtree(unfinished, ignore_errors=True)  # left by a killed run
+        model.save_pretrained(unfinished, max_shard_size="4GB")  # a shard goes through CPU memory
+        tokenizer.save_pretrained(unfinished)
     dist.barrier()
-    dcp.save(state, checkpoint_id=aside / "trainer_state")
+    dcp.save(state, checkpoint_id=unfinished / "trainer_state")
     if dist.get_rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)  # weights alone: their state was removed
-        aside.rename(folder)
+        unfinished.rename(folder)
         for old in resumable(run_dir)[:-2]:
             shutil.rmtree(Path(run_dir, f"checkpoints/step_{old}/trainer_state"))
 
@@ -519,45 +406,25 @@ def resumable(run_dir):
     return sorted(int(path.parents[1].name[5:]) for path in found)
 
 def load_checkpoint(run_dir, state):
-    """Fills the tensors of `state` from the newest checkpoint; returns its step, 0 without one.
-
-    No random state is kept: every draw is seeded with (seed, step, row).
-    """
-    done = exchange([max(resumable(run_dir), default=0)])[0]
-    folder, metrics = Path(run_dir, f"checkpoints/step_{done}"), Path(run_dir, "metrics.jsonl")
+    """Fills the tensors of `state` from the newest checkpoint; returns its step, 0 without one."""
+    done, metrics = max(resumable(run_dir), default=0), Path(run_dir, "metrics.jsonl")
     if done:
         say(f"{run_dir} resumes after step {done}")
-        try:
-            dcp.load(state, checkpoint_id=folder / "trainer_state")
-        except dcp.api.CheckpointException:
-            sys.exit(f"error: {folder} does not load: remove it, and the same command resumes from "
-                     "the one before")
+        dcp.load(state, checkpoint_id=Path(run_dir, f"checkpoints/step_{done}/trainer_state"))
     if dist.get_rank() == 0 and metrics.exists():  # steps after the checkpoint come again
         write_lines(metrics, map(json.loads, metrics.read_text().splitlines()[:done]))
     return done
 
-# --- processes -----------------------------------------------------------------------------------
-
 def start_process_group():
     """torchrun's group, or under plain python a group of one; returns this rank's device."""
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1).items():
-        os.environ.setdefault(name, str(value))  # vLLM reads them
     backend, device = "gloo", torch.device("cpu")
     if torch.cuda.is_available():
-        backend, device = "cpu:gloo,cuda:nccl", torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl"
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    # a rank may wait longer than the usual half hour for another's rollouts of 20,000 tokens
-    dist.init_process_group(backend, timeout=timedelta(hours=6), **alone)
+    dist.init_process_group(backend, **alone)
     return device
 
-def exchange(items):
-    """Every rank's list, joined in the order of the ranks."""
-    lists = [None] * dist.get_world_size()
-    dist.all_gather_object(lists, items)
-    return [item for part in lists for item in part]
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, without tracebacks
-    warnings.simplefilter("ignore", FutureWarning)  # the libraries', for their authors
     main()

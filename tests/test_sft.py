@@ -12,9 +12,8 @@ import torch
 
 import kill
 import sft_distill
-from common import (ROOT, assert_same_gradient, gradients_of, learner, lines, needs_tokenizers,
-                    on_ranks, refusal, refusal_of_main, tokenizer_of, toy)
-from test_sdpo import assert_same_on_two_ranks
+from common import (ROOT, assert_same_gradient, lines, needs_tokenizers, on_ranks, refusal,
+                    tokenizer_of, toy)
 
 
 def load(path, tokenizer, **more):
@@ -28,21 +27,33 @@ def write(path, *rows):
 
 
 CHAT = [dict(role="user", content="What is 1 + 1?")]
-ANSWER = "<think>\nWait, 1 + 1 is 2.\n</think>\n\n\\boxed{2}"
+TRACE = "Wait, 1 + 1 is 2."
+RESPONSE = f"<think>\n{TRACE}\n</think>\n\n\\boxed{{2}}"
+ASSISTANT = dict(role="assistant", content=RESPONSE)
+SPLIT = dict(role="assistant", content="\\boxed{2}", reasoning_content=TRACE)
 
 
-def test_an_example(tmp_path, tokenizer):
-    path = write(tmp_path / "d.jsonl", dict(prompt=CHAT, response=ANSWER, answer="2", index=7),
-                 dict(prompt=[dict(role="system", content="Be brief."), *CHAT], response="é ∑"))
-    first, second = load(path, tokenizer)
-    user = "<|im_start|>user\nWhat is 1 + 1?<|im_end|>\n<|im_start|>assistant\n"
-    assert tokenizer.decode(first.prompt_ids) == user
-    assert tokenizer.decode(second.prompt_ids) == "<|im_start|>system\nBe brief.<|im_end|>\n" + user
-    assert tokenizer.decode(first.response_ids) == ANSWER + "<|im_end|>" and first.text == ANSWER
-    assert tokenizer.decode(second.response_ids) == "é ∑<|im_end|>"
+def test_formats_that_people_have(tmp_path, tokenizer, alone):
+    """Messages or text; completion or response; reasoning beside it; a BOM, blank lines."""
+    path = write(tmp_path / "d.jsonl", dict(prompt=CHAT, response=RESPONSE, messages=None),
+                 dict(prompt=CHAT[0]["content"], response=RESPONSE),
+                 dict(prompt=CHAT, completion=[ASSISTANT]),
+                 dict(messages=[*CHAT, ASSISTANT], prompt="a title"),
+                 dict(prompt=CHAT, response=RESPONSE + "<|im_end|>\n"),
+                 dict(messages=[*CHAT, SPLIT]), dict(prompt=CHAT, completion=[SPLIT]),
+                 dict(prompt=CHAT, response="\\boxed{2}", reasoning=TRACE),
+                 dict(prompt=CHAT, response="\n\n\\boxed{2}", thinking=f"\n{TRACE}\n"),
+                 dict(prompt=CHAT, response=RESPONSE, thinking=TRACE))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n\n"))  # Windows
+    first, *others = load(path, tokenizer)
+    assert tokenizer.decode(first.prompt_ids) == (
+        "<|im_start|>user\nWhat is 1 + 1?<|im_end|>\n<|im_start|>assistant\n")
+    assert tokenizer.decode(first.response_ids) == RESPONSE + "<|im_end|>"
+    assert [r.prompt_ids for r in others] == [first.prompt_ids] * 9
+    assert [tokenizer.decode(r.response_ids) for r in others] == [RESPONSE + "<|im_end|>"] * 9
 
 
-def test_too_long_is_dropped_by_prompt_and_by_response(tmp_path, tokenizer, capsys):
+def test_too_long_is_dropped_by_prompt_and_by_response(tmp_path, tokenizer, alone):
     rows = [dict(prompt="a", response="b c"), dict(prompt="a " * 50, response="b c"),
             dict(prompt="a", response="b " * 50)]
     path = write(tmp_path / "d.jsonl", *rows)
@@ -51,7 +62,6 @@ def test_too_long_is_dropped_by_prompt_and_by_response(tmp_path, tokenizer, caps
     sizes = dict(max_prompt_tokens=len(short.prompt_ids),
                  max_response_tokens=len(short.response_ids))
     assert load(path, tokenizer, **sizes) == [short]
-    assert "1 of 3 examples fit" in capsys.readouterr().out
     sizes["max_prompt_tokens"] = len(prompt.prompt_ids)
     assert load(path, tokenizer, **sizes) == [short, prompt]
     sizes["max_response_tokens"] = len(response.response_ids)
@@ -61,58 +71,43 @@ def test_too_long_is_dropped_by_prompt_and_by_response(tmp_path, tokenizer, caps
         load(path, tokenizer)
 
 
-GOOD = '{"prompt": "a", "response": "b"}'
-
-
 @pytest.mark.parametrize("line", [
-    "{not json", "3", "[]", "null", "{}", '{"prompt": "a"}', '{"response": "b"}',
+    "{not json", "3", "{}", '{"prompt": "a"}', '{"response": "b"}',
     *('{"prompt": "a", "response": %s}' % response for response in (
-        '" \\n"', "5", "null", '["b"]', '[{"content": "b"}]', '"\\ud83d"', '"\xff"')),
+        '" \\n"', "5", '["b"]', '[{"content": "b"}]', '"\\ud83d"', '"\xff"')),
     *('{"prompt": %s, "response": "b"}' % prompt for prompt in (
-        '" \\n"', "{}", "null", "[]", '["a"]', '{"role": "user", "content": "a"}',
-        '[{"content": "a"}]', '[{"role": "user"}]', '[{"role": "user", "content": ["a"]}]')),
-    '{"messages": []}', '{"messages": "a"}',
-    '{"messages": [{"role": "assistant", "content": "b"}]}'])
-def test_a_bad_line_is_named_whatever_the_template(tmp_path, monkeypatch, tokenizer, line):
-    # Qwen's and DeepSeek's let most of the prompts pass, without a question in them
-    monkeypatch.setattr(sft_distill, "render", lambda *arguments: [1, 2, 3])
+        '" \\n"', "{}", "[]", '["a"]', '[{"role": "user", "content": ["a"]}]')),
+    '{"messages": "a"}', '{"messages": [{"role": "assistant", "content": "b"}]}',
+    '{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}'])
+def test_a_bad_line_is_named(tmp_path, tokenizer, alone, line):
     path = tmp_path / "d.jsonl"
-    path.write_bytes(f"{GOOD}\n\n{line}\n".encode("latin-1"))  # \xff alone is no UTF-8
-    said = re.escape(f"--data {path}, line 3: needs a prompt and a response")
-    with pytest.raises(ValueError, match=said):
-        load(path, tokenizer)
-
-
-def test_other_formats_that_people_have(tmp_path, tokenizer):
-    """The user's text; completion for response; messages; a byte order mark, blank lines."""
-    answer = dict(role="assistant", content=ANSWER)
-    path = write(tmp_path / "d.jsonl", dict(prompt=CHAT, response=ANSWER, messages=None),
-                 dict(prompt=CHAT[0]["content"], response=ANSWER),
-                 dict(prompt=CHAT, completion=ANSWER), dict(prompt=CHAT, completion=[answer]),
-                 dict(messages=[*CHAT, answer], prompt="a title"))
-    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n\n"))  # Windows
-    first, *others = load(path, tokenizer)
-    assert others == [first] * 4
-    write(path, dict(messages=[*CHAT, answer, *CHAT]))
-    with pytest.raises(ValueError, match="line 1.*the last message is not the assistant's"):
+    path.write_bytes(f'{{"prompt": "a", "response": "b"}}\n\n{line}\n'.encode("latin-1"))
+    with pytest.raises(ValueError, match=re.escape(f"{path}:3: ")):
         load(path, tokenizer)
 
 
 @needs_tokenizers
-@pytest.mark.parametrize("name, end", [
-    ("deepseek-r1-distill-qwen", "<｜end▁of▁sentence｜>"), ("qwen3", "<|im_end|>"),
-    ("olmo-3-instruct", "<|endoftext|>")])
-def test_examples_of_the_papers_models(tmp_path, name, end):
-    """The response ends with the very token that the template puts after an answer."""
+@pytest.mark.parametrize("name, thinking, opened, end", [
+    ("deepseek-r1-distill-qwen", True, "<think>\n", "<｜end▁of▁sentence｜>"),
+    ("qwen3", True, "", "<|im_end|>"), ("olmo-3-instruct", True, "", "<|endoftext|>"),
+    ("qwen3", False, "<think>\n\n</think>\n\n", "<|im_end|>")])
+def test_what_the_prompt_holds_is_not_trained_and_the_end_is_the_templates(
+        tmp_path, alone, name, thinking, opened, end):
     tokenizer = tokenizer_of(name)
-    (r,) = load(write(tmp_path / "d.jsonl", dict(prompt=CHAT, response=ANSWER)), tokenizer)
-    # a prompt that ends with <think> takes it from the answer, or it would stand there twice
-    both = tokenizer.decode(r.prompt_ids + r.response_ids)
-    assert both.count("<think>") == 1 and both.endswith(ANSWER + end)
-    assert r.response_ids.count(tokenizer.eos_token_id) == 1
-    chat = [*CHAT, dict(role="assistant", content="2")]
-    turn = tokenizer.apply_chat_template(chat, tokenize=False)
-    assert turn.rstrip("\n").endswith("2" + end)
+    held, rest = (opened, RESPONSE.removeprefix(opened)) if thinking else (opened, "\\boxed{2}")
+    forms = [held + rest, held.replace("\n", "") + rest, held + rest + end, rest]
+    path = write(tmp_path / "d.jsonl", *(dict(prompt=CHAT, response=form) for form in forms))
+    for r in load(path, tokenizer, enable_thinking=thinking):
+        assert tokenizer.decode(r.prompt_ids).endswith(held)
+        assert tokenizer.decode(r.response_ids) == rest + end
+
+
+def test_the_end_token_is_the_templates_not_the_tokenizers(tmp_path, alone):
+    tokenizer = tokenizer_of.__wrapped__("toy")
+    tokenizer.eos_token = "<|endoftext|>"
+    assert tokenizer.eos_token_id != tokenizer.convert_tokens_to_ids("<|im_end|>")
+    (r,) = load(write(tmp_path / "d.jsonl", dict(prompt="a", response="b")), tokenizer)
+    assert tokenizer.decode(r.response_ids) == "b<|im_end|>"
 
 
 def make_batch(size):
@@ -124,14 +119,18 @@ def make_batch(size):
 
 
 def measure(size, budget=200):
-    """The loss of a mini-batch and this rank's share of its gradient, as update() makes them."""
-    batch = make_batch(size)
-    ddp, optimizer = learner(sft_distill, Namespace(tokens_per_micro_batch=budget))
-    gradient = gradients_of(optimizer)
-    metrics = sft_distill.update(ddp, optimizer, batch, 0.0)
-    micros = sft_distill.my_micro_batches(batch, budget)
-    return dict(metrics, gradient=gradient, micros=len(micros),
-                fillers=sum(not r.weight for m in micros for r in m))
+    """The loss of a batch and this rank's part of its gradient, as update() makes them."""
+    args, model, batch = Namespace(tokens_per_micro_batch=budget), toy(), make_batch(size)
+    optimizer, gradient = sft_distill.MasterAdamW(model, lr=0.0), {}
+    step = optimizer.step
+
+    def record(*arguments, **how):
+        gradient.update({n: total.clone() for n, total in zip(optimizer.owned, optimizer.sums)})
+        return step(*arguments, **how)
+    optimizer.step = record
+    metrics = sft_distill.update(model, optimizer, batch, 0.0, args)
+    micros = sft_distill.micro_batches_of_rank(batch, budget)
+    return dict(metrics, gradient=gradient, micros=len(micros))
 
 
 @pytest.mark.parametrize("budget, counts", [(10**6, 1), (200, 3)])
@@ -155,8 +154,9 @@ def test_loss_is_the_cross_entropy_of_labels_masked_by_hand(alone, budget, count
 
 def test_two_ranks_give_the_gradient_of_one(tmp_path, alone):
     one, two = measure(25), on_ranks(2, tmp_path, measure, 25)
-    assert one["micros"] == 7
-    assert_same_on_two_ranks(one, two)
+    assert one["micros"] == 7 and [rank["micros"] for rank in two] == [4, 4]
+    assert_same_gradient(two[0]["gradient"] | two[1]["gradient"], one["gradient"])
+    assert two[0]["loss"] == pytest.approx(one["loss"], rel=1e-6)
 
 
 def rates(steps, ratio, lr=1e-5):
@@ -173,7 +173,7 @@ def test_learning_rate_warms_up_linearly_and_falls_in_a_cosine_to_0():
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """run(folder): main() on ten examples, nine steps; what update() was given in each.
+    """run(folder, *flags): main() on ten examples, nine steps; what update() was given in each.
 
     Before step `die_at` it dies.
     """
@@ -181,22 +181,26 @@ def run(tmp_path, monkeypatch):
     data = write(tmp_path / "d.jsonl", *(
         dict(prompt=f"{i} + 3?", response=f"Wait. {i + 3}") for i in range(10)))
 
-    def run(folder, die_at=None):
+    def run(folder, *flags, die_at=None):
         seen = []
 
-        def update(ddp, optimizer, batch, lr):
+        def update(model, optimizer, batch, lr, args):
             if len(seen) + 1 == die_at:
                 torch.distributed.destroy_process_group()
                 raise RuntimeError("it dies")
             seen.append(([e.text for e in batch], lr))
-            return real(ddp, optimizer, batch, lr)
+            return real(model, optimizer, batch, lr, args)
         monkeypatch.setattr(sft_distill, "update", update)
         monkeypatch.setattr(os, "environ", dict(environment))  # main() says there that it is alone
         monkeypatch.setattr(sys, "argv", [str(a) for a in (
             "sft_distill.py", "--model", ROOT / "toy/model", "--data", data, "--epochs", 3,
             "--batch_size", 4, "--lr", "1e-3", "--save_every", 4, "--max_response_tokens", 64,
-            "--run_dir", tmp_path / folder)])
-        sft_distill.main()
+            "--run_dir", tmp_path / folder, *flags)])
+        try:
+            sft_distill.main()
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
         return seen
     return run
 
@@ -210,8 +214,7 @@ def test_a_run_trains_on_all_examples_each_epoch_and_resumes(tmp_path, run, caps
     metrics = lines(tmp_path / "whole/metrics.jsonl")
     assert [m["step"] for m in metrics] == list(range(1, 10))
     assert [m["lr"] for m in metrics] == list(given) == rates(9, 0.1, 1e-3)
-    for m in metrics:
-        assert m["updates"] == 1 and m["skipped"] == 0 and m["epistemic"] == 1  # a wait each
+    assert all(m["skipped"] == 0 and m["epistemic"] == 1 for m in metrics)  # a wait each
     first, final = (sum(m["loss"] for m in part) for part in (metrics[:3], metrics[-3:]))
     assert final < 0.9 * first  # the very same examples: it learns
     folders = sorted((tmp_path / "whole/checkpoints").iterdir())
@@ -219,30 +222,17 @@ def test_a_run_trains_on_all_examples_each_epoch_and_resumes(tmp_path, run, caps
 
     with pytest.raises(RuntimeError, match="it dies"):
         run("d", die_at=7)
-    assert [m["step"] for m in lines(tmp_path / "d/metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
-    assert len(run("d")) == 5  # after step 4, the newest checkpoint
+    assert len(run("d", "--save_every", 3)) == 5  # after step 4, the newest checkpoint
     assert f"{tmp_path}/d resumes after step 4" in capsys.readouterr().out
     assert kill.outcome(tmp_path / "d", 9) == kill.outcome(tmp_path / "whole", 9)
     assert run("d") == []
-    assert "has finished its 9 steps" in capsys.readouterr().out
+    assert "holds another run: --lr was 0.001" in refusal(run, "d", "--lr", "1e-4")
     with (tmp_path / "d.jsonl").open("a") as data:  # more of it would be other batches
-        data.write(GOOD + "\n")
+        data.write('{"prompt": "a", "response": "b"}\n')
     assert "--examples was 10" in refusal(run, "d")
 
 
-def test_defaults():
-    args = sft_distill.make_parser().parse_args(["--model", "x", "--data", "y"])
-    assert (args.epochs, args.batch_size, args.lr, args.warmup_ratio) == (3, 32, 1e-5, 0.1)
-
-
-@pytest.mark.parametrize("flags, said", [
-    (["--max_response_tokens", "9999"], "positions"),
-    (["--data", "no/such.jsonl"], "no/such.jsonl"),
-])
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, flags, said):
-    write(tmp_path / "d.jsonl", dict(prompt="1+1?", response="\\boxed{2}"))
-    monkeypatch.chdir(tmp_path)
-    assert said in refusal_of_main(sft_distill, monkeypatch, [
-        "--model", ROOT / "toy/model", "--data", "d.jsonl",
-        "--max_response_tokens", "64", *flags])  # of a flag given twice the last counts
-    assert not (tmp_path / "runs").exists()
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, run):
+    assert "no/such.jsonl" in refusal(run, "d", "--data", "no/such.jsonl")
+    assert "no/such/model" in refusal(run, "d", "--model", "no/such/model")
+    assert not (tmp_path / "d").exists()
