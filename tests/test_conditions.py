@@ -2,6 +2,7 @@
 import contextlib
 import json
 import re
+import shutil
 import sys
 from argparse import Namespace
 
@@ -10,26 +11,22 @@ import torch
 
 import epistemic
 import generate_conditions as conditions
-from common import ROOT, refusal_of_main
+from common import DATA, ROOT, few, refusal
 
 CHAT = [dict(role="user", content="What is 1 + 1?")]
 
-
-def answer(text, correct=1.0, finished=True, tokens=10):
+def response(text, correct=1.0, finished=True, tokens=10):
     return dict(correct=correct, tokens=tokens, finished=finished, response=text,
                 epistemic=epistemic.count(text))
 
-
 def group(name, correct, cut=""):
-    """Answers to a question in one context, named after their place: "1" is correct, "0" not."""
-    return [answer(f"{name}{i}", float(c), str(i) not in cut) for i, c in enumerate(correct)]
-
+    """Responses in one context, named after their place: "1" is correct, "0" not."""
+    return [response(f"{name}{i}", float(c), str(i) not in cut) for i, c in enumerate(correct)]
 
 def test_first_correct():
     assert conditions.first_correct(group("a", "0011")) == "a2"
     assert conditions.first_correct(group("a", "0000")) == "a0"  # authors' code
     assert conditions.first_correct(group("a", "0111", cut="12")) == "a3"  # a cut one is never s
-
 
 def test_pairs_are_as_many_of_each_a_question_in_the_same_order():
     contexts = [
@@ -40,8 +37,8 @@ def test_pairs_are_as_many_of_each_a_question_in_the_same_order():
         dict(unguided=group("u", "10000", cut="0"), full=group("f", "11111")),
         dict(unguided=group("u", "11100"), full=group("f", "11100", cut="01")),
     ]
-    questions = [dict(index=i, messages=CHAT, answer=str(i), contexts=answers)
-                 for i, answers in enumerate(contexts)]
+    questions = [dict(index=i, messages=CHAT, answer=str(i), contexts=responses)
+                 for i, responses in enumerate(contexts)]
     d_ug, d_sg = conditions.sft_pairs(questions, 800)
     assert [(row["index"], row["response"]) for row in d_ug] == [
         (0, "u1"), (0, "u2"), (3, "u1"), (3, "u3"), (5, "u0")]
@@ -51,12 +48,12 @@ def test_pairs_are_as_many_of_each_a_question_in_the_same_order():
         assert row["prompt"] == CHAT and row["answer"] == str(row["index"])
     assert conditions.sft_pairs(questions, 3) == (d_ug[:3], d_sg[:3])
 
-
 def test_summary_and_table_by_hand():
     texts = {context: "Wait, maybe. " * n + "Check: 2."
              for context, n in zip(conditions.CONTEXTS, (5, 1, 4, 2, 3))}
     studied = [dict(contexts={
-        context: [answer(text, 1.0, True, 100 * (i + 1)), answer(text, 0.0, i == 0, 300 * (i + 1))]
+        context: [response(text, 1.0, True, 100 * (i + 1)),
+                  response(text, 0.0, i == 0, 300 * (i + 1))]
         for context, text in texts.items()}) for i in range(2)]
     studied[1]["contexts"]["full"][1]["correct"] = 1.0
     rows = conditions.summarise(studied)
@@ -68,64 +65,52 @@ def test_summary_and_table_by_hand():
     split = {cells[0]: cells for cells in (re.split(r"\s{2,}", line.strip()) for line in lines)}
     assert split["(2) full solution"] == [
         "(2) full solution", "0.750 ± 0.250", "300 ± 100", "3.0 ± 0.0", "25.0%"]
-    assert split["(1) unguided"][1:] == ["0.500 ± 0.000", "300 ± 100", "11.0 ± 0.0", "25.0%"]
     assert split["wait"] == ["wait", "5.00", "1.00", "4.00", "2.00", "3.00"]
-    assert [*split][1:6] == [f"({i}) {name}" for i, name in enumerate((
-        "unguided", "full solution", "without think", "regenerated", "full, uncertain"), 1)]
     one = conditions.table(conditions.summarise(studied[:1]))
     assert "±" not in one and "0.500" in one  # the spread of one question is unknown
-
 
 UNGUIDED = ["00000000", "00000001", "01100000", "00001111", "11110100", "01000100", "11111111"]
 GUIDED = ["11111111", "00100000", "00000000", "11111111", "11111111", "00000011", "11111111"]
 ARGS = Namespace(accuracy=[0.125, 0.5], samples=8, seed=0, temperature=0.6, top_p=0.95, top_k=20,
                  max_response_tokens=640, enable_thinking=True)
-
 CLOSE = "Correctly solve the original question."
 UNCERTAIN = (  # App. C
     "Solve the original question from scratch with a full, detailed reasoning trace, without "
     "skipping any steps, and include as much uncertainty or ambiguity in the explanation.")
 
-
 def question(i):
     chat = [dict(role="user", content=f"Question {i}?")]
     return dict(index=i, answer=f"gold{i}", messages=chat, prompt_ids=[1])
 
-
 @pytest.fixture
-def asked(monkeypatch):
-    """Every prompt that `generate` gets, as (question, its text after it): the answers are
+def asked(monkeypatch, alone):
+    """Every prompt that `generate` gets, as (question, its text after it): the responses are
     scripted."""
     seen = []
 
-    def generate(llm, verifier, questions, seed, after_think, **sampling):
-        assert after_think and sampling["n"] == 8 and sampling["max_tokens"] == 640
-        groups = []
+    def generate(llm, verifier, questions, seed, **sampling):
+        assert sampling["n"] == 8 and sampling["max_tokens"] == 640
+        rollouts = []
         for q in questions:
             i, rest = re.fullmatch(r"Question (\d+)\?(.*)", q["prompt_ids"], re.S).groups()
             assert q["answer"] == f"gold{i}"
             seen.append((int(i), rest))
-            marks = (GUIDED if rest else UNGUIDED)[int(i) % 7]
-            # what was shown is part of the answer, so that (2) can be told from the others
+            grades = (GUIDED if rest else UNGUIDED)[int(i) % 7]
+            # what was shown is part of the response, so that (2) can be told from the others
             name = "plain" if not rest else "sure" if rest.endswith(CLOSE) else "doubtful"
-            groups.append([Namespace(
-                text=r["response"], reward=r["correct"], token_ids=[1] * r["tokens"],
-                finish_reason="stop") for r in group(
-                    f"<think>hm</think>\n{name} answer to {i}, number ", marks)])
-        return groups
+            rollouts += [conditions.Rollout(q, [1] * r["tokens"], None, r["response"],
+                                            r["finished"], r["correct"])
+                         for r in group(f"<think>hm</think>\n{name} response to {i}, number ",
+                                        grades)]
+        return rollouts
 
     monkeypatch.setattr(conditions, "generate", generate)
     monkeypatch.setattr(conditions, "render", lambda _, messages, thinking: messages[-1]["content"])
-    monkeypatch.setattr(conditions, "exchange", lambda items: items)
-    monkeypatch.setattr(conditions.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(conditions.dist, "get_world_size", lambda: 1)
     return seen
-
 
 def ask_round(to_study, want_pairs):
     return conditions.ask_round(None, None, None, [question(i) for i in range(7)], 0, to_study,
                                 want_pairs, ARGS)
-
 
 def test_the_band_includes_its_bounds(asked):
     questions = ask_round(100, True)
@@ -135,10 +120,9 @@ def test_the_band_includes_its_bounds(asked):
     assert [q["index"] for q in studied] == [1, 2, 3, 5]
     for q in studied:
         assert list(q["contexts"]) == list(conditions.CONTEXTS)
-        assert all(len(answers) == 8 for answers in q["contexts"].values())
+        assert all(len(responses) == 8 for responses in q["contexts"].values())
         assert q["messages"] == question(q["index"])["messages"]  # without a solution
     assert len(asked) == 7 + 4 * 4
-
 
 def test_what_stands_in_each_context(asked):
     """As Sec. 3 and App. C print it."""
@@ -146,14 +130,13 @@ def test_what_stands_in_each_context(asked):
     s = {1: 7, 2: 1, 3: 4, 5: 1}  # the first correct of (1)
     y = {1: 2, 2: 0, 3: 0, 5: 6}  # the first correct of (2), or its first
     for i in s:
-        plain, sure = (f"{name} answer to {i}, number {n}" for name, n in
+        plain, sure = (f"{name} response to {i}, number {n}" for name, n in
                        (("plain", s[i]), ("sure", y[i])))
         think = "<think>hm</think>\n"
         assert [rest for number, rest in asked if number == i] == ["", *(
             f"\n\nCorrect solution: {shown}\n\n{close}" for shown, close in (
                 (think + plain, CLOSE), (plain, CLOSE), (think + sure, CLOSE),
                 (think + plain, UNCERTAIN)))]
-
 
 @pytest.mark.parametrize("to_study, studied", [(0, []), (3, [1, 2, 3])])
 def test_only_as_many_as_to_study_get_five_contexts(asked, to_study, studied):
@@ -168,30 +151,33 @@ def test_only_as_many_as_to_study_get_five_contexts(asked, to_study, studied):
     assert [i for i, q in questions.items() if "full" in q["contexts"]] == studied
     assert len(asked) == 7 + 4 * len(studied)  # nobody is asked for pairs that nobody wants
 
-
-def test_a_run_that_was_killed_resumes_and_ends_alike(asked, tmp_path, monkeypatch):
-    generate, engine = conditions.generate, Namespace(
-        llm_engine=Namespace(engine_core=Namespace(shutdown=lambda: None)))
+@pytest.fixture
+def run(tmp_path, monkeypatch, alone):
+    """run(folder, *flags): main() up to its end; what vLLM would do is nothing."""
+    engine = Namespace(llm_engine=Namespace(engine_core=Namespace(shutdown=lambda: None)))
     for name, value in dict(
-            load_tokenizer=lambda model, positions: ("x", None),
-            read_questions=lambda source, tokenizer, args: [question(i) for i in range(35)],
             start_process_group=lambda: torch.device("cpu"), Verifier=contextlib.nullcontext,
-            start_engine=lambda *arguments: engine).items():
+            sync_weights=lambda *_: None, make_engine=lambda *_: engine).items():
         monkeypatch.setattr(conditions, name, value)
 
-    def run(folder, limit=None):
-        def limited(*arguments, **settings):
-            if limit is not None and len(asked) >= limit:
-                raise KeyboardInterrupt
-            return generate(*arguments, **settings)
-        monkeypatch.setattr(conditions, "generate", limited)
-        monkeypatch.setattr(sys, "argv", [
-            "generate_conditions.py", "--model", "x", "--data", "d", "--num_questions", "6",
-            "--sft_examples", "16", "--questions_per_round", "7", "--max_response_tokens", "640",
-            "--out", str(tmp_path / folder)])
+    def run(folder, *flags):
+        monkeypatch.setattr(sys, "argv", ["generate_conditions.py", *map(str, (
+            "--model", ROOT / "toy/model", "--data", few(DATA / "in.jsonl", 1, tmp_path),
+            "--num_questions", 6, "--sft_examples", 16, "--questions_per_round", 7,
+            "--max_response_tokens", 640, "--out", tmp_path / folder, *flags))])
         conditions.main()
         return {path.name: path.read_text() for path in (tmp_path / folder).rglob("*.jsonl")}
+    return run
 
+def test_a_run_that_was_killed_resumes_and_ends_alike(asked, run, tmp_path, monkeypatch):
+    generate, limit = conditions.generate, None
+
+    def limited(*arguments, **settings):
+        if limit is not None and len(asked) >= limit:
+            raise KeyboardInterrupt
+        return generate(*arguments, **settings)
+    monkeypatch.setattr(conditions, "generate", limited)
+    monkeypatch.setattr(conditions, "read_questions", lambda *_: [question(i) for i in range(35)])
     whole = run("whole")
     # four of seven questions are in the band, with 7 pairs: rounds 0 and 1 hold 6 to study, and
     # round 2 is for the pairs alone; the data's last two rounds are never asked for
@@ -204,52 +190,21 @@ def test_a_run_that_was_killed_resumes_and_ends_alike(asked, tmp_path, monkeypat
             1, 3, 3, 3, 3, 5, 5, 8, 10, 10, 10, 10, 12, 12, 15, 17]
 
     asked.clear()
+    limit = 30  # within the second round
     with pytest.raises(KeyboardInterrupt):
-        run("cut", limit=30)  # within the second round
+        run("cut")
+    limit = None
     asked.clear()
-    assert run("cut") == whole
+    assert run("cut", "--gpu_memory_utilization", 0.5) == whole
     assert len(asked) == (7 + 2 * 4 + 2 * 1) + (7 + 4)  # the first round is not asked again
     asked.clear()
     assert run("cut") == whole and not asked
+    assert "holds other results: --accuracy was [0.125, 0.5]" in refusal(
+        run, "cut", "--accuracy", 0.25, 0.5)
 
-
-def test_defaults_are_the_papers():
-    sec_3_and_4 = dict(num_questions=100, samples=8, temperature=0.6, top_p=0.95, top_k=20,
-                       max_prompt_tokens=2048, max_response_tokens=32768, accuracy=[0.125, 0.5],
-                       sft_examples=800, data="dapo")
-    args = conditions.make_parser().parse_args(["--model", "x"])
-    assert {name: getattr(args, name) for name in sec_3_and_4} == sec_3_and_4
-
-
-def test_a_folder_belongs_to_flags_model_and_data(tmp_path):
-    data = tmp_path / "d.jsonl"
-    data.write_text("1")
-
-    def check(*more):
-        flags = ["--model", "x", "--out", tmp_path / "out", "--data", data, *more]
-        args = conditions.make_parser().parse_args([*map(str, flags)])
-        return conditions.check_args(args, "x")
-    conditions.write_lines(tmp_path / "out/config.json", [check()])
-    check()
-    with pytest.raises(ValueError, match="--model was x, --accuracy was"):
-        check("--model", "y", "--accuracy", 0.25, 0.5)
-    data.write_text("2")
-    with pytest.raises(ValueError, match="or files have changed: --files was"):
-        check()
-    with pytest.raises(ValueError, match="holds something else"):
-        check("--out", tmp_path)
-
-
-@pytest.mark.parametrize("flags, said", [
-    (["--accuracy", "0.5", "0.25"], "0 < LOW"), (["--accuracy", "0", "0.5"], "0 < LOW"),
-    (["--data", "no/such.jsonl"], "no/such.jsonl"),
-    # a context needs room for the question, the solution and an answer
-    (["--max_prompt_tokens", "2048", "--max_response_tokens", "1025"], "4,097 together"),
-])
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, flags, said):
-    (tmp_path / "good.jsonl").write_text(json.dumps(dict(problem="1+1?", answer="2")))
-    monkeypatch.chdir(tmp_path)
-    assert said in refusal_of_main(conditions, monkeypatch, [
-        "--model", ROOT / "toy/model", "--data", "good.jsonl", "--max_response_tokens", "64",
-        *flags])  # of a flag given twice the last counts
-    assert not (tmp_path / "runs").exists()
+def test_bad_input_is_one_line_before_vllm_starts(run, tmp_path):
+    assert "no/such.jsonl" in refusal(run, "out", "--data", "no/such.jsonl")
+    model = shutil.copytree(ROOT / "toy/model", tmp_path / "lfs")
+    (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "lfs: Error while deserializing header" in refusal(run, "out", "--model", model)
+    assert not (tmp_path / "out").exists()

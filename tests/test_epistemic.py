@@ -18,7 +18,6 @@ EVAL = [  # two benchmarks, as the evaluation writes them
     dict(benchmark="math500", response="So x = 4.", tokens=5, correct=1),
 ]
 
-
 @pytest.fixture
 def run(monkeypatch, capsys, tmp_path):
     """run(*arguments): what the command prints, in a folder of its own."""
@@ -30,17 +29,14 @@ def run(monkeypatch, capsys, tmp_path):
         return capsys.readouterr().out
     return call
 
-
 def write(path, *records):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
-
 
 def rows(printed):
     """{label: cells} of the table's rows."""
     lines = [line.split() for line in printed.splitlines()]
     return {line[0]: line[1:] for line in lines if line}
-
 
 def test_markers_are_counted_as_substrings():
     assert " ".join(MARKERS) == (
@@ -48,7 +44,6 @@ def test_markers_are_counted_as_substrings():
     for text, number in {"checking, double-check": 2, "seemseems": 1, "factually, Actually": 2,
                          "WAIT\u2014Wait\ud83dwait": 3, "unlikely": 1, "": 0}.items():
         assert count(text) == number
-
 
 @pytest.mark.parametrize("record, expected", [
     (dict(response="wait", text="the question: check"), ["wait"]),
@@ -64,11 +59,9 @@ def test_markers_are_counted_as_substrings():
 def test_responses_of_records_that_people_have(record, expected):
     assert responses_of(record) == expected
 
-
 def test_one_trace_beside_two_responses_is_refused():
     with pytest.raises(ValueError, match="2 responses, but 1 with reasoning"):
         responses_of(dict(responses=["4", "5"], reasoning="Hmm."))
-
 
 @pytest.mark.parametrize("record, total, tokens, accuracy", [
     ({"response": "wait", "tokens": 7, "reward": 1.0}, 1, 7, 1),
@@ -82,7 +75,6 @@ def test_means_by_hand(record, total, tokens, accuracy):
     means = epistemic.means_of(epistemic.measure(record))
     assert (means["total"], means["tokens"], means["accuracy"]) == (total, tokens, accuracy)
 
-
 def test_records_averages_and_their_line():
     def rollout(text, reward, length, finished):
         return SimpleNamespace(text=text, reward=reward, response_ids=[1] * length,
@@ -94,7 +86,6 @@ def test_records_averages_and_their_line():
     means = epistemic.averages(records)
     assert means == dict(score=0.5, length=510, epistemic=1, truncated=0.5)
     assert epistemic.line(means) == "score 0.500  len 510  epistemic 1.0"
-
 
 def test_a_column_for_each_benchmark_of_each_file(tmp_path, run):
     write(tmp_path / "a.jsonl", *EVAL)
@@ -108,7 +99,6 @@ def test_a_column_for_each_benchmark_of_each_file(tmp_path, run):
     names = [f"{name * 30}/eval/step_40.jsonl" for name in "abcd"]
     lines = epistemic.grid(names, [("total", ["12,345.00"] * 4)]).splitlines()
     assert max(map(len, lines)) <= 80 and lines[:4] == names  # in full, in the columns' order
-
 
 @pytest.mark.parametrize("content, message", [
     (b"\n \n", "bad.jsonl: no responses"),
@@ -124,14 +114,12 @@ def test_bad_files_are_named_in_one_line(tmp_path, run, content, message):
     assert message in refusal(run, "good.jsonl", "bad.jsonl")
     assert "No such file" in refusal(run, "good.jsonl", "nowhere.jsonl")
 
-
 def test_odd_text_does_not_stop_it(tmp_path, run):
     (tmp_path / "odd.jsonl").write_bytes(
         b'\xef\xbb\xbf{"response": "wait \\ud83d \\u0000 wait"}\r\n'  # a BOM, half an emoji, NUL
         b'{"response": "wait \xed\xa0\xbd \0\x1b wait"}\n'
         + '{"response": "Wait\u2028wait\u0085é", "benchmark": null}'.encode())  # no last newline
     assert "2.00" in run("odd.jsonl")
-
 
 def test_20_mb_take_no_memory_and_the_import_is_light(tmp_path):
     text = TRACE * 260  # 45 kB, a long response; 450 of them

@@ -15,14 +15,12 @@ import epistemic
 import evaluate
 from common import DATA, ROOT, few, lines, refusal, tokenizer_of, toy
 
-
 def test_pass_at_k_against_enumeration():
     for n in (1, 2, 5):
         for correct, k in itertools.product(range(n + 1), range(1, n + 1)):
             grades = [1] * correct + [0] * (n - correct)
             draws = [any(draw) for draw in itertools.combinations(grades, k)]
             assert evaluate.pass_at_k(n, correct, k) == pytest.approx(sum(draws) / len(draws))
-
 
 def test_summary_by_hand():
     records = [dict(index=i, correct=c, tokens=t, finished=f, epistemic=e) for i, c, t, f, e in [
@@ -37,7 +35,6 @@ def test_summary_by_hand():
     table = evaluate.table({"base": dict(amc23=row), "sdpo/step_10": dict(amc23=one)})
     assert "0.750 ± 0.250   1.000       25  25.0%        3.0" in table
 
-
 @pytest.mark.parametrize("template, flags, expected", [
     ("<｜Assistant｜><think>\n", [], (0.6, 0.95, 20)),
     ("enable_thinking", [], (0.6, 0.95, 20)),
@@ -48,7 +45,6 @@ def test_summary_by_hand():
 def test_sampling_of_table_11(template, flags, expected):
     args = evaluate.make_parser().parse_args(["--model", "x", *flags])
     assert tuple(evaluate.choose_sampling(template, args).values()) == expected
-
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys, alone):
@@ -83,10 +79,8 @@ def run(tmp_path, monkeypatch, capsys, alone):
         return asked, capsys.readouterr().out
     return call
 
-
 def change(file, **more):
     file.write_text(json.dumps(json.loads(file.read_text()) | more))
-
 
 def test_a_result_belongs_to_model_data_and_flags(tmp_path, run):
     """Nothing that changes the answers leaves the score of before."""
@@ -106,7 +100,6 @@ def test_a_result_belongs_to_model_data_and_flags(tmp_path, run):
     (result,) = lines(tmp_path / "out/a/few_in.json")
     assert result["model"] == "a" and result["row"]["score"] == 1
 
-
 def test_two_evaluations_stay_in_one_summary(tmp_path, run):
     shutil.copytree(ROOT / "toy/model", "sdpo/checkpoints/step_6")
     run("a")
@@ -115,7 +108,6 @@ def test_two_evaluations_stay_in_one_summary(tmp_path, run):
     assert {name: [*rows] for name, rows in summary["models"].items()} == {
         "a": ["few_in", "few_ood"], "sdpo/step_6": ["few_in", "few_ood"]}
     assert said.count("1.000") >= 4
-
 
 @pytest.mark.parametrize("file, more", [
     ("config.json", dict(rope_parameters=dict(rope_theta=1e6, rope_type="default"))),
@@ -127,12 +119,10 @@ def test_models_that_differ_in_more_than_weights_share_no_engine(tmp_path, run, 
     assert "--model b: it differs from the first in more than weights" in refusal(run, "ab")
     assert not (tmp_path / "out").exists()
 
-
 def test_a_base_and_its_checkpoint_share_an_engine(tmp_path, run):
     toy().save_pretrained("c")  # in float32, by today's transformers
     tokenizer_of("toy").save_pretrained("c")
     assert run("ac")[0] == ["a", "few_in", "few_ood", "c", "few_in", "few_ood"]
-
 
 def test_weights_that_cannot_be_read_end_in_one_line_before_vllm_starts(tmp_path, run):
     weights = tmp_path / "b/model.safetensors"
@@ -144,7 +134,6 @@ def test_weights_that_cannot_be_read_end_in_one_line_before_vllm_starts(tmp_path
     safetensors.torch.save_file(state, weights, dict(format="pt"))
     assert "b: weights are missing: ['model.layers.1.mlp.down_proj" in refusal(run, "ab")
     assert not (tmp_path / "out").exists()
-
 
 def test_bad_input_is_one_line(tmp_path, run):
     assert "no/such/folder" in refusal(run, ["no/such/folder"])

@@ -15,23 +15,19 @@ import sft_distill
 from common import (ROOT, assert_same_gradient, lines, needs_tokenizers, on_ranks, refusal,
                     tokenizer_of, toy)
 
-
 def load(path, tokenizer, **more):
     args = dict(enable_thinking=True, max_prompt_tokens=2048, max_response_tokens=1000)
     return sft_distill.read_examples(path, tokenizer, Namespace(**{**args, **more}))
 
-
 def write(path, *rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
-
 
 CHAT = [dict(role="user", content="What is 1 + 1?")]
 TRACE = "Wait, 1 + 1 is 2."
 RESPONSE = f"<think>\n{TRACE}\n</think>\n\n\\boxed{{2}}"
 ASSISTANT = dict(role="assistant", content=RESPONSE)
 SPLIT = dict(role="assistant", content="\\boxed{2}", reasoning_content=TRACE)
-
 
 def test_formats_that_people_have(tmp_path, tokenizer, alone):
     """Messages or text; completion or response; reasoning beside it; a BOM, blank lines."""
@@ -52,7 +48,6 @@ def test_formats_that_people_have(tmp_path, tokenizer, alone):
     assert [r.prompt_ids for r in others] == [first.prompt_ids] * 9
     assert [tokenizer.decode(r.response_ids) for r in others] == [RESPONSE + "<|im_end|>"] * 9
 
-
 def test_too_long_is_dropped_by_prompt_and_by_response(tmp_path, tokenizer, alone):
     rows = [dict(prompt="a", response="b c"), dict(prompt="a " * 50, response="b c"),
             dict(prompt="a", response="b " * 50)]
@@ -70,7 +65,6 @@ def test_too_long_is_dropped_by_prompt_and_by_response(tmp_path, tokenizer, alon
     with pytest.raises(ValueError, match=re.escape(f"--data {path}: no example fits")):
         load(path, tokenizer)
 
-
 @pytest.mark.parametrize("line", [
     "{not json", "3", "{}", '{"prompt": "a"}', '{"response": "b"}',
     *('{"prompt": "a", "response": %s}' % response for response in (
@@ -84,7 +78,6 @@ def test_a_bad_line_is_named(tmp_path, tokenizer, alone, line):
     path.write_bytes(f'{{"prompt": "a", "response": "b"}}\n\n{line}\n'.encode("latin-1"))
     with pytest.raises(ValueError, match=re.escape(f"{path}:3: ")):
         load(path, tokenizer)
-
 
 @needs_tokenizers
 @pytest.mark.parametrize("name, thinking, opened, end", [
@@ -101,7 +94,6 @@ def test_what_the_prompt_holds_is_not_trained_and_the_end_is_the_templates(
         assert tokenizer.decode(r.prompt_ids).endswith(held)
         assert tokenizer.decode(r.response_ids) == rest + end
 
-
 def test_the_end_token_is_the_templates_not_the_tokenizers(tmp_path, alone):
     tokenizer = tokenizer_of.__wrapped__("toy")
     tokenizer.eos_token = "<|endoftext|>"
@@ -109,14 +101,12 @@ def test_the_end_token_is_the_templates_not_the_tokenizers(tmp_path, alone):
     (r,) = load(write(tmp_path / "d.jsonl", dict(prompt="a", response="b")), tokenizer)
     assert tokenizer.decode(r.response_ids) == "b<|im_end|>"
 
-
 def make_batch(size):
     rng = random.Random(size)
 
     def draw(low, high):
         return [rng.randrange(5, 400) for _ in range(rng.randint(low, high))]
     return [sft_distill.Example(draw(3, 20), [*draw(1, 60), 2], "") for _ in range(size)]
-
 
 def measure(size, budget=200):
     """The loss of a batch and this rank's part of its gradient, as update() makes them."""
@@ -131,7 +121,6 @@ def measure(size, budget=200):
     metrics = sft_distill.update(model, optimizer, batch, 0.0, args)
     micros = sft_distill.micro_batches_of_rank(batch, budget)
     return dict(metrics, gradient=gradient, micros=len(micros))
-
 
 @pytest.mark.parametrize("budget, counts", [(10**6, 1), (200, 3)])
 def test_loss_is_the_cross_entropy_of_labels_masked_by_hand(alone, budget, counts):
@@ -151,25 +140,21 @@ def test_loss_is_the_cross_entropy_of_labels_masked_by_hand(alone, budget, count
     assert got["trained_tokens"] == (labels != -100).sum()
     assert_same_gradient(got["gradient"], {name: p.grad for name, p in model.named_parameters()})
 
-
 def test_two_ranks_give_the_gradient_of_one(tmp_path, alone):
     one, two = measure(25), on_ranks(2, tmp_path, measure, 25)
     assert one["micros"] == 7 and [rank["micros"] for rank in two] == [4, 4]
     assert_same_gradient(two[0]["gradient"] | two[1]["gradient"], one["gradient"])
     assert two[0]["loss"] == pytest.approx(one["loss"], rel=1e-6)
 
-
 def rates(steps, ratio, lr=1e-5):
     args = Namespace(lr=lr, warmup_ratio=ratio)
     return [sft_distill.learning_rate(step, steps, args) for step in range(1, steps + 1)]
-
 
 def test_learning_rate_warms_up_linearly_and_falls_in_a_cosine_to_0():
     cosine = [1e-5 * (1 + math.cos(math.pi * step / 68)) / 2 for step in range(1, 68)]
     assert rates(75, 0.1) == pytest.approx([1e-5 * step / 8 for step in range(1, 9)] + cosine)
     for steps, ratio in ((1, 0.0), (1, 1.0), (3, 0.99), (3, 1.0)):
         assert all(0 < rate <= 1e-5 for rate in rates(steps, ratio))
-
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
@@ -204,7 +189,6 @@ def run(tmp_path, monkeypatch):
         return seen
     return run
 
-
 @pytest.mark.slow
 def test_a_run_trains_on_all_examples_each_epoch_and_resumes(tmp_path, run, capsys):
     batches, given = zip(*run("whole"))
@@ -230,7 +214,6 @@ def test_a_run_trains_on_all_examples_each_epoch_and_resumes(tmp_path, run, caps
     with (tmp_path / "d.jsonl").open("a") as data:  # more of it would be other batches
         data.write('{"prompt": "a", "response": "b"}\n')
     assert "--examples was 10" in refusal(run, "d")
-
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, run):
     assert "no/such.jsonl" in refusal(run, "d", "--data", "no/such.jsonl")
