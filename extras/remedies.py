@@ -216,10 +216,9 @@ def set_teacher_prompts(group, tokenizer, rng, args):
     sdpo.py trains what has a teacher's prompt: without a demonstration that is its own prompt.
     """
     sdpo_teacher_prompts(group, tokenizer, rng, args)
-    mean = sum(r.reward for r in group) / len(group)
+    if args.remedy not in ("demopsd", "shield"):  # these do not learn from the reward
+        grpo.set_advantages(group)
     for r in group:
-        if args.remedy not in ("demopsd", "shield"):  # these use no reward
-            r.advantage = r.reward - mean
         if (args.remedy == "srpo" and r.reward == 1
                 or args.remedy in ("rlrt", "rlcsd") and not r.advantage):
             r.teacher_prompt_ids = None
