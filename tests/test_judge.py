@@ -1,12 +1,11 @@
-"""App. B.5's judge: what it says is read, asked once, kept; with a client of the test's own, and
-against vLLM's server."""
+"""App. B.5's judge: its reply is read, a text asked once, the count kept; with a client of the
+test's own, and against vLLM's server."""
 import contextlib
 import json
 import os
 import re
 import runpy
 import sys
-import time
 import urllib.request
 from collections import Counter
 from types import SimpleNamespace
@@ -15,9 +14,9 @@ import httpx
 import openai
 import pytest
 
-import judge
 import kill
 from common import FORKS, ROOT, free_port, lines
+from extras import judge
 
 KEY = "sk-this-must-stay-unseen"
 TEXTS = ["Wait. Hmm, wait.", "So 4.", "Hmm.", "Hmm."]
@@ -27,8 +26,7 @@ TOO_LONG = openai.BadRequestError("too long", body=None, response=httpx.Response
 
 @pytest.fixture
 def server(monkeypatch):
-    """Stands for OpenAI's client; counts `wait` and `hmm`, if there is no trouble(text), what it
-    says else or raises."""
+    """Stands for OpenAI's client; counts `wait` and `hmm`, but says or raises trouble(text)."""
     server = SimpleNamespace(trouble=lambda _: None, asked=Counter(), bodies=[])
 
     def create(**body):
@@ -51,32 +49,32 @@ def server(monkeypatch):
 
 
 @pytest.fixture
-def ask(server, tmp_path, capsys):
-    """ask(texts, *flags): (exit code, what is printed, {expression count of each judgement})."""
+def ask(server, tmp_path, capsys, monkeypatch):
+    """ask(texts, *flags): (exit code, what is printed, the counts in the .judged file)."""
     def run(texts, *flags):
         path, code = tmp_path / "a.jsonl", 0
         path.write_text("".join(json.dumps(dict(response=text)) + "\n" for text in texts))
+        monkeypatch.setattr(sys, "argv", ["judge.py", str(path), "--url", "http://here/v1",
+                                          "--model", "m", *flags])
         try:
-            judge.main([str(path), "--url", "http://here/v1", "--model", "m", *flags])
+            judge.main()
         except SystemExit as end:
             code = end.code
         out, err = capsys.readouterr()
         assert KEY not in out + err
-        judged = tmp_path / "a.judged"
-        rows = lines(judged) if judged.exists() else []
-        return code, out + err, sorted(row["count"] for row in rows)
+        return code, out + err, sorted(row["count"] for row in lines(tmp_path / "a.judged"))
     return run
 
 
-@pytest.mark.parametrize("said, expected", [
-    ('Sure:\n```json\n{"count": 3, "examples": ["wait"]}\n```\nAnything else?', (3, ["wait"])),
-    ('{"count": 9, "examples": []} No, sorry: {"count": 3, "examples": []}', (3, [])),
+@pytest.mark.parametrize("reply, count", [
+    ('Sure:\n```json\n{"count": 3, "examples": ["wait"]}\n```\nAnything else?', 3),
+    ('{"count": 9, "examples": []} No, sorry: {"count": 3, "examples": []}', 3),
     ('{"count": 3, "examples": []}<think>{"count": 9}</think>', None),
-    (r'{"count": 1, "examples": ["so \sin x might", 4]}', (1, [r"so \sin x might"])),
-    ('{"count": 2.0, "examples": "wait"}', (2, ["wait"])),
-    ("I count three.", None), ('{"count": "many"}', None), ("", None), ("[1] {" * 4000, None)])
-def test_judgement(said, expected):
-    assert judge.judgement(said) == expected
+    (r'{"count": 1, "examples": ["so \sin x might", "\"count\": 7, he said"]}', 1),
+    ('{"count": 2.0}', 2), ('{"count": 2.5}', None), ("I count three.", None),
+    ('{"count": "many"}', None), ("", None)])
+def test_the_judges_reply(reply, count):
+    assert judge.read_count(reply) == count
 
 
 def test_what_is_asked_and_what_is_shown(ask, server):
@@ -91,41 +89,27 @@ def test_what_is_asked_and_what_is_shown(ask, server):
 
 
 def test_nothing_is_asked_twice_and_another_judge_or_text_is(ask, server, tmp_path):
-    judged = tmp_path / "a.judged"
     ask(TEXTS)
     assert [*tmp_path.glob("*.jsonl")] == [tmp_path / "a.jsonl"]  # eval/step_*.jsonl finds no other
-    with judged.open("ab") as file:
+    with open(tmp_path / "a.judged", "ab") as file:
         file.write(b'{"hash": "\xff\x00')  # torn by a kill
     assert ask([*TEXTS, "hmm hmm"])[2] == [0, 1, 2, 3] and sum(server.asked.values()) == 4
     assert ask(TEXTS, "--model", "n")[0] == 0 and server.asked["Hmm."] == 2
-    judged.write_text('{"count": 1}\n')  # something else, which is kept
-    code, said, _ = ask(TEXTS)
-    assert code == 2 and "a.judged:1: not a judgement" in said
-    assert judged.read_text() == '{"count": 1}\n' and sum(server.asked.values()) == 7
 
 
 @pytest.mark.parametrize("answer", ["nonsense", TOO_LONG])
-def test_a_response_without_a_judgement_is_left_out(ask, server, answer):
+def test_a_response_without_a_count_is_left_out(ask, server, answer):
     server.trouble = lambda text: answer if "Wait" in text else None
     code, said, counts = ask(TEXTS)
-    assert code == 0 and counts == [0, 1] and "3 of 4 responses are judged" in said
+    assert code == 0 and counts == [0, 1] and "3 of 4 responses" in said
     server.trouble = lambda _: None
     assert ask(TEXTS)[2] == [0, 1, 3]  # a second start asks again
 
 
-def test_what_cannot_work_is_one_line_and_keeps_what_there_is(ask, server, tmp_path):
-    """Judgements are in the file as they come, for a run that is killed."""
-    judged = tmp_path / "a.judged"
-
-    def trouble(text):
-        for _ in range(1000 if text == "last" else 0):
-            if judged.read_bytes().count(b"\n") == 3:
-                return ValueError(f"Wrong\nkey {KEY}")
-            time.sleep(0.01)
-    server.trouble = trouble
+def test_what_cannot_work_is_one_line_and_keeps_what_there_is(ask, server):
+    server.trouble = lambda text: ValueError(f"Wrong\nkey {KEY}") if text == "last" else None
     code, said, counts = ask(["hmm", "wait", "4", "last"])
-    assert code == 2 and counts == [0, 1, 1] and said.count("judge.py: error: Wrong key ***") == 1
-    assert ask(TEXTS, "--field", "draft")[1].count("no field draft") == 1
+    assert code == 2 and counts == [0, 1, 1] and said.count("error: Wrong key ***") == 1
 
 
 def serve(folder, port):
@@ -151,13 +135,15 @@ def test_vllms_own_server(tmp_path, capsys, monkeypatch):
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
                 break
-            time.sleep(0.5)
+            server.join(0.5)
         path = tmp_path / "a.jsonl"
         path.write_text("".join(json.dumps(dict(response=t)) + "\n" for t in (
             "Wait, 3.", "wait " * 5000)))  # the last is longer than its context
-        for name, said in (("toy", "0 of 2 responses are judged"), ("another", "Error code: 404")):
+        for name, said in (("toy", "0 of 2 responses"), ("another", "Error code: 404")):
+            monkeypatch.setattr(sys, "argv", [
+                "judge.py", str(path), "--url", f"http://127.0.0.1:{port}/v1", "--model", name])
             with pytest.raises(SystemExit) as ended:
-                judge.main([str(path), "--url", f"http://127.0.0.1:{port}/v1", "--model", name])
+                judge.main()
             shown = capsys.readouterr()
             assert ended.value.code == 2 and said in shown.out + shown.err
         assert lines(tmp_path / "a.judged") == []
