@@ -5,10 +5,9 @@ OpenAI-compatible server (its key in OPENAI_API_KEY), such as `vllm serve MODEL`
 
     python -m extras.judge runs/sdpo/eval/step_*.jsonl --url http://localhost:8000/v1 --model NAME
 
-needs `pip install openai`. The counts of eval/step_10.jsonl are written to eval/step_10.judged as
-they come; started again, it asks only for those that are missing. A count is kept for one judge and
-one text: another --model, or a text that has changed, is asked anew. Then a table: each file's mean
-(Table 5) and quartiles (Figure 13).
+The counts of eval/step_10.jsonl go to eval/step_10.judged as they come; started again, it asks only
+for those that are missing: a count belongs to one judge and one text. Then a table: each file's
+mean (Table 5) and quartiles (Figure 13). Needs `pip install openai`.
 """
 import argparse
 import hashlib

@@ -260,11 +260,13 @@ class Student(sdpo.Student):
 
     def forward(self, micro_batch, teacher=None):
         """(w x divergence + PPO's loss, log-probability) of the response tokens, (N,) each."""
-        if teacher is None or micro_batch[0].start is None:  # to be measured; a copy of weight 0
+        if micro_batch[0].start is None:  # measure() asks; or it is a copy of weight 0
             return super().forward(micro_batch)
         args = self.args
         w, a, start = (torch.cat([getattr(r, column) for r in micro_batch])
                        for column in ("w", "a", "start"))
+        if teacher is None:  # update() asks for the log-probabilities at the step's start
+            return None, start
         if args.remedy == "demopsd":
             distance, logprobs = self.demopsd_losses(micro_batch, teacher)
         else:  # with w = 0 what the teacher says is in a

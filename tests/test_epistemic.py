@@ -10,7 +10,7 @@ import pytest
 import epistemic
 from common import ROOT, refusal
 from epistemic import MARKERS, count, count_by_marker, summarize
-from judge import JUDGE_PROMPT
+from extras.judge import JUDGE_PROMPT
 
 # In the manner of Qwen3-8B's thinking, with five times its markers: the slow case.
 TRACE = ("Okay, let's see. So first I need to figure out how many boxes are there. 43 crates with "

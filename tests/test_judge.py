@@ -7,7 +7,6 @@ import re
 import runpy
 import sys
 import urllib.request
-from collections import Counter
 from types import SimpleNamespace
 
 import httpx
@@ -25,16 +24,16 @@ TOO_LONG = openai.BadRequestError("too long", body=None, response=httpx.Response
 
 
 @pytest.fixture
-def server(monkeypatch):
-    """Stands for OpenAI's client; counts `wait` and `hmm`, but says or raises trouble(text)."""
-    server = SimpleNamespace(trouble=lambda _: None, asked=Counter(), bodies=[])
+def ask(tmp_path, capsys, monkeypatch):
+    """ask(texts, *flags): (exit code, what is printed, the counts in the .judged file).
 
+    The client counts `wait` and `hmm`, or says or raises ask.trouble(text); ask.bodies: what it got.
+    """
     def create(**body):
+        ask.bodies.append(body)
         text = body["messages"][-1]["content"]
-        server.asked[text] += 1
-        server.bodies.append(body)
         quotes = re.findall("wait|hmm", text.lower())
-        said = server.trouble(text) or "Sure! ```json\n" + json.dumps(
+        said = ask.trouble(text) or "Sure! ```json\n" + json.dumps(
             dict(count=len(quotes), examples=quotes))
         if isinstance(said, Exception):
             raise said
@@ -43,15 +42,8 @@ def server(monkeypatch):
     def client(base_url, api_key, max_retries, timeout):
         assert (base_url, api_key) == ("http://here/v1", KEY)
         return SimpleNamespace(chat=SimpleNamespace(completions=SimpleNamespace(create=create)))
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(openai, "OpenAI", client)
-    return server
 
-
-@pytest.fixture
-def ask(server, tmp_path, capsys, monkeypatch):
-    """ask(texts, *flags): (exit code, what is printed, the counts in the .judged file)."""
-    def run(texts, *flags):
+    def ask(texts, *flags):
         path, code = tmp_path / "a.jsonl", 0
         path.write_text("".join(json.dumps(dict(response=text)) + "\n" for text in texts))
         monkeypatch.setattr(sys, "argv", ["judge.py", str(path), "--url", "http://here/v1",
@@ -63,7 +55,10 @@ def ask(server, tmp_path, capsys, monkeypatch):
         out, err = capsys.readouterr()
         assert KEY not in out + err
         return code, out + err, sorted(row["count"] for row in lines(tmp_path / "a.judged"))
-    return run
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(openai, "OpenAI", client)
+    ask.trouble, ask.bodies = lambda _: None, []
+    return ask
 
 
 @pytest.mark.parametrize("reply, count", [
@@ -77,39 +72,36 @@ def test_the_judges_reply(reply, count):
     assert judge.read_count(reply) == count
 
 
-def test_what_is_asked_and_what_is_shown(ask, server):
+def test_what_is_asked_and_what_is_shown(ask):
     code, said, counts = ask(TEXTS)
     assert code == 0 and counts == [0, 1, 3]  # texts that are alike are asked once
     table = {line[:28].strip(): line[28:].split() for line in said.splitlines() if line[28:]}
     assert table["mean (Table 5)"] == ["1.25"] and table["responses"] == ["4"]
     assert table["least, quartiles, most"] == ["0", "1", "1", "1", "3"]
-    for body in server.bodies:
+    for body in ask.bodies:
         assert body["messages"][0] == dict(role="system", content=judge.JUDGE_PROMPT)
         assert set(body) == {"model", "messages"}  # sampling is the server's
 
 
-def test_nothing_is_asked_twice_and_another_judge_or_text_is(ask, server, tmp_path):
+def test_nothing_is_asked_twice_and_another_judge_or_text_is(ask, tmp_path):
     ask(TEXTS)
     assert [*tmp_path.glob("*.jsonl")] == [tmp_path / "a.jsonl"]  # eval/step_*.jsonl finds no other
     with open(tmp_path / "a.judged", "ab") as file:
-        file.write(b'{"hash": "\xff\x00')  # torn by a kill
-    assert ask([*TEXTS, "hmm hmm"])[2] == [0, 1, 2, 3] and sum(server.asked.values()) == 4
-    assert ask(TEXTS, "--model", "n")[0] == 0 and server.asked["Hmm."] == 2
+        file.write(b'{"hash": "\xff\x00')  # half a row, left by a kill
+    assert ask([*TEXTS, "hmm hmm"])[2] == [0, 1, 2, 3] and len(ask.bodies) == 4
+    assert ask(TEXTS, "--model", "n")[0] == 0 and len(ask.bodies) == 7
 
 
-@pytest.mark.parametrize("answer", ["nonsense", TOO_LONG])
-def test_a_response_without_a_count_is_left_out(ask, server, answer):
-    server.trouble = lambda text: answer if "Wait" in text else None
-    code, said, counts = ask(TEXTS)
-    assert code == 0 and counts == [0, 1] and "3 of 4 responses" in said
-    server.trouble = lambda _: None
-    assert ask(TEXTS)[2] == [0, 1, 3]  # a second start asks again
-
-
-def test_what_cannot_work_is_one_line_and_keeps_what_there_is(ask, server):
-    server.trouble = lambda text: ValueError(f"Wrong\nkey {KEY}") if text == "last" else None
-    code, said, counts = ask(["hmm", "wait", "4", "last"])
-    assert code == 2 and counts == [0, 1, 1] and said.count("error: Wrong key ***") == 1
+@pytest.mark.parametrize("trouble, code, shown", [
+    ("nonsense", 0, "2 of 3 responses"), (TOO_LONG, 0, "2 of 3 responses"),
+    (ValueError(f"Wrong\nkey {KEY}"), 2, "error: Wrong key ***")])
+def test_without_a_count_the_others_are_kept(ask, trouble, code, shown):
+    texts = ["hmm", "4", "last"]
+    ask.trouble = lambda text: trouble if text == "last" else None
+    ended, said, counts = ask(texts)
+    assert ended == code and shown in said and counts == [0, 1]
+    ask.trouble = lambda _: None
+    assert ask(texts)[2] == [0, 0, 1]  # a second start asks again
 
 
 def serve(folder, port):
