@@ -27,7 +27,7 @@ TOO_LONG = openai.BadRequestError("too long", body=None, response=httpx.Response
 def ask(tmp_path, capsys, monkeypatch):
     """ask(texts, *flags): (exit code, what is printed, the counts in the .judged file).
 
-    The client counts `wait` and `hmm`, or says or raises ask.trouble(text); ask.bodies: what it got.
+    The client counts `wait` and `hmm`, or says or raises ask.trouble(text).
     """
     def create(**body):
         ask.bodies.append(body)

@@ -1,4 +1,4 @@
-"""extras/opsd.py: who sees which solution, the loss on the first tokens, what is refused. No vLLM."""
+"""extras/opsd.py: who sees which solution, the loss on the first tokens, what is refused."""
 import json
 import math
 import random

@@ -55,15 +55,17 @@ def test_demopsd_mixes_towards_what_the_teacher_says_unaided():
     torch.testing.assert_close(target(aided, plain, 0.0), aided)
 
 
-def test_antisd_turns_the_teacher_round(alone, tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"teacher_entropy": 1.0}\n' * 5)
+@pytest.mark.parametrize("remedy, advantage, u, a", [
     # one of two right: the deviation is .5. softplus: log 2, log 4, log 4/3
-    assert weighed("antisd", 0.5, [0.0, LN3, -LN3], run_dir=tmp_path) == (
-        [0, 0, 0], near(1, 1 - 0.25 * LOG2, 1 - 0.25 * math.log(2 / 3)))
-    # one of three
-    assert weighed("antisd", 2 / 3, [0.0], run_dir=tmp_path)[1] == near(2**0.5)
-    # nothing that the teacher doubts gains more than log(2) / 2 x strength
-    assert weighed("antisd", 0.0, [-1e4], strength=1.0, run_dir=tmp_path)[1] == near(LOG2 / 2)
+    ("antisd", 0.5, [0.0, LN3, -LN3], [1, 1 - 0.25 * LOG2, 1 - 0.25 * math.log(2 / 3)]),
+    ("antisd", 2 / 3, [0.0], [2**0.5]),  # one of three
+    ("antisd", 0.0, [-1e4], [LOG2 / 4]),  # what the teacher doubts gains no more
+    ("rlrt", 0.5, [0.0, -1.0, 1.0, -math.log(1.1)], [0.5, 0.55, 0.45, 0.525]),  # S / T: .8 to 1.2
+    ("rlrt", -0.5, [0.0, -1.0], [-0.5, -0.5]),  # right answers only
+])
+def test_what_the_teacher_adds_to_the_advantage(alone, tmp_path, remedy, advantage, u, a):
+    (tmp_path / "metrics.jsonl").write_text('{"teacher_entropy": 1.0}\n' * 5)
+    assert weighed(remedy, advantage, u, run_dir=tmp_path) == ([0] * len(u), near(*a))
 
 
 def test_antisd_gate(alone, tmp_path):
@@ -76,12 +78,6 @@ def test_antisd_gate(alone, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(
         json.dumps(dict(teacher_entropy=m)) + "\n" for m in (0.0, *before, 7.0)))  # 0: no teacher
     assert remedies.antisd_first_medians(args) == before
-
-
-def test_rlrt_favours_tokens_of_right_answers_only():
-    u = [0.0, -1.0, 1.0, math.log(1 / 1.1)]  # S / T: 1, e -> 1.2, 1/e -> .8, 1.1
-    assert weighed("rlrt", 0.5, u) == ([0] * 4, near(0.5, 0.55, 0.45, 0.525))
-    assert weighed("rlrt", -0.5, u)[1] == [-0.5] * 4
 
 
 def test_rlcsd_subtracts_what_a_wrong_demonstration_does_too():
@@ -157,7 +153,8 @@ def push(folder, remedy, reward, demonstration=DEMO, **more):
                   for value, prompt in ((reward, demonstration), (1 - reward, None)))
     with mock.patch.object(sdpo, "response_states", states), mock.patch.multiple(
             remedies, sdpo_teacher_prompts=lambda *_: None, wrong_prompts=lambda *_: [WRONG]):
-        remedies.set_teacher_prompts([r, sibling], SimpleNamespace(decode=lambda _: "wait"), 0, args)
+        tokenizer = SimpleNamespace(decode=lambda _: "wait")
+        remedies.set_teacher_prompts([r, sibling], tokenizer, None, args)
         remedies.measure(student, "teacher", [r], args)
         remedies.measure(student, "teacher", [sibling], args)
         # SRPO: the step's other token has exp(-H) three times, so that the mean is twice this one's
@@ -239,7 +236,9 @@ def gradient_of(script, args, batch=None, lr=1e-3):
     """{name: this rank's part of the gradient} of the last mini-batch of an update; its metrics."""
     below, model, teacher = grpo if script is grpo else sdpo, toy(), moved_toy()
     with contextlib.ExitStack() as stack:  # the rollouts were not sampled by any engine
-        stack.enter_context(on_top(remedies) if script is remedies else mock.patch.dict(vars(below)))
+        stack.enter_context(mock.patch.dict(vars(below)))
+        if script is remedies:
+            stack.enter_context(on_top(remedies))
         below.MISMATCH_LIMIT = math.inf
         optimizer = below.MasterAdamW(model, lr=lr, weight_decay=0.01)
         gradient = gradients_of(optimizer)
