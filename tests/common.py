@@ -12,6 +12,7 @@ import sys
 import time
 import uuid
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -67,10 +68,20 @@ def gradients_of(optimizer):
     step, taken = optimizer.step, {}
 
     def record(*args, **how):
-        taken.update({n: total.clone() for n, total in zip(optimizer.mine, optimizer.sums)})
+        taken.update({n: total.clone() for n, total in zip(optimizer.owned, optimizer.sums)})
         return step(*args, **how)
     optimizer.step = record
     return taken
+
+
+@contextlib.contextmanager
+def on_top(extra, **more):
+    """sdpo.py as the main() of a script on top of it leaves it, and as it was again after that."""
+    import sdpo
+    with mock.patch.dict(vars(sdpo), main=lambda: None):
+        extra.main()
+        vars(sdpo).update(more)
+        yield
 
 
 def on_ranks(world_size, folder, job, *args):

@@ -10,8 +10,8 @@ import pytest
 from common import ROOT
 
 SCRIPTS = ["generate_conditions.py", "sft_distill.py", "grpo.py", "sdpo.py", "evaluate.py"]
-ON_TOP = [name for name in ("opsd.py", "remedies.py", "token_kl.py", "judge.py", "toy/controls.py")
-          if (ROOT / name).exists()]
+ON_TOP = [f"extras/{name}.py" for name in ("opsd", "remedies", "token_kl", "judge")]
+ON_TOP += ["toy/controls.py"]
 OWN = {"main", "make_parser", "check_args", "log", "summarise", "table",  # a script's own,
        "Rollout", "set_loss_weights", "sample_groups",  # and where the algorithms differ
        "Student", "remember_logprobs", "update", "token_losses"}
