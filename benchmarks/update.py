@@ -10,7 +10,6 @@ itself; model FLOPs count no recomputation and no padding. --optimizer takes bfl
 Qwen3-0.6B's shape, 21 of its 28 layers. Another version of the script: PYTHONPATH=its/folder.
 """
 import argparse
-import copy
 import hashlib
 import math
 import resource
@@ -83,6 +82,11 @@ def make_rollouts(script, args, vocabulary):
         rollouts.append(r)
     return rollouts
 
+def lengths_of(rollouts):
+    """For memory.flops."""
+    return [(len(r.question["prompt_ids"]), len(r.response_ids),
+             len(getattr(r, "teacher_prompt_ids", []))) for r in rollouts]
+
 def peak(device, reset=False):
     """Peak memory in bytes since the last reset: allocated on a GPU, resident on CPU."""
     if device.type == "cuda":
@@ -100,8 +104,8 @@ def time_update(script, args, device):
     settings = script.make_parser().parse_args([
         "--model", args.model, "--minibatch_questions", "1", "--rollouts", str(args.sequences),
         "--tokens_per_micro_batch", str(args.tokens_per_micro_batch)])
-    build_one = lambda *_, **__: (build(config, device, script.DTYPE), dict(missing_keys=[]))
-    AutoModelForCausalLM.from_pretrained = build_one  # load_model compiles the layers on a GPU
+    AutoModelForCausalLM.from_pretrained = lambda *_, **__: (  # load_model then compiles its layers
+        build(config, device, script.DTYPE), dict(missing_keys=[]))
     model = script.load_model(args.model).train()
     models = [model]
     if args.algorithm == "sdpo":
@@ -132,13 +136,12 @@ def time_update(script, args, device):
         script.update(*models, optimizer, rollouts, 1e-6, settings)
         times.append((now(device) - start, time.process_time() - cpu))
     whole, cpu = sorted(times[1:])[args.repeat // 2]
-    rate = matrix_rate(device, script.DTYPE)
-    work = memory.flops(config, [(args.prompt_tokens, len(r.response_ids),
-                                  len(getattr(r, "teacher_prompt_ids", []))) for r in rollouts])
+    most, rate = peak(device), matrix_rate(device, script.DTYPE)
+    work = memory.flops(config, lengths_of(rollouts))
     tokens = sum(args.prompt_tokens + len(r.response_ids) for r in rollouts)
     print(f"{whole:.2f} s ({cpu:.2f} of CPU), {tokens / whole:,.0f} tokens/s, "
-          f"{work / whole / rate:.1%} of {rate / 1e12:.3g} TFLOP/s, peak {peak(device) / 2**30:.2f} "
-          f"GiB, {(peak(device) - before) / 2**30:.2f} of the update")
+          f"{work / whole / rate:.1%} of {rate / 1e12:.3g} TFLOP/s, peak "
+          f"{most / 2**30:.2f} GiB, {(most - before) / 2**30:.2f} of the update")
     for label, s in seconds.items():
         print(f"  {label:26s} {s / args.repeat:8.3f} s")
 
