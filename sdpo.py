@@ -3,27 +3,27 @@
 The model teaches itself. One step:
   1. the student answers each question x with a group of rollouts y (vLLM)
   2. the verifier grades every rollout: reward 1 if correct, else 0
-  3. a correct sibling of y is its demonstration c; the teacher (the initial weights, with c in the
-     prompt) scores the same tokens y
+  3. a correct sibling of y, another rollout to x, is its demonstration c; the teacher (the initial
+     weights, with c in the prompt) scores the same tokens y
   4. loss per token: JS( student(. | x, y_<t)  ||  teacher(. | x, c, y_<t) )
   5. AdamW; vLLM gets the new weights
 
     torchrun --nproc_per_node 8 sdpo.py --model Qwen/Qwen3-8B       # the paper's run, Figure 4
 
-The same command again resumes the run in --run_dir; another number of GPUs samples other rollouts.
+The same command again resumes --run_dir; on another number of GPUs its rollouts will be others.
 
-What Eq. 1 does not show, as in the authors' code (5c51051 of beanie00/self-distillation-analysis):
-  - Jensen-Shannon (alpha 0.5) over the student's top 100 tokens and one bucket for all others
+Unlike Eq. 1, as in the authors' code (5c51051 of beanie00/self-distillation-analysis):
+  - Jensen-Shannon, over the student's top 100 tokens (Table 10) and one bucket for all others
   - c is another rollout of the same group, never the data's solution; the reward only decides which
     rollouts may be demonstrations
-  - the loss is the mean over sequences of each one's mean over tokens; a rollout without a correct
-    sibling adds 0 to it and counts
-  - two importance weights, each at most 2: p of the trainer / p of vLLM, p now / p at step's start
-Unlike their code: c is a random one of the correct siblings that finished (theirs: the next in
-order), and warm-up starts at a tenth of the rate (theirs: 0).
+  - a mean over sequences of each one's mean over tokens, not a sum over tokens; a rollout without a
+    correct sibling has loss 0 and still counts as a sequence
+  - two weights, each at most 2: p at step's start / p of vLLM, and p now / p at step's start
+Unlike their code: c is a random correct sibling (theirs: the batch's first), a rollout cut at the
+limit has reward 0, and warm-up starts at a tenth of the rate (theirs: 0).
 
-Watch: length and epistemic fall early; score drops and recovers in part; the damage shows in the
-out-of-distribution evaluation (eval/). `mismatch`, of the trainer and vLLM, stays flat.
+Watch (Sec. 5): score, length and epistemic fall early, and recover in part; the damage shows out of
+distribution (RUN_DIR/eval/). `mismatch`, |log p of vLLM - of the trainer|, stays flat.
 """
 import argparse
 import gc
@@ -52,8 +52,8 @@ from tqdm import tqdm
 import epistemic
 from verifier import Verifier, load_questions
 
-DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32  # weights, gradients, vLLM
-BAR = dict(leave=False, disable=not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0")
+DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32  # of model, gradients, vLLM
+TQDM = dict(leave=False, disable=not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0")
 
 # --- arguments -----------------------------------------------------------------------------------
 
@@ -64,28 +64,28 @@ def make_parser():
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--model", required=True, help="hub id or Hugging Face folder")
     add("--data", default="dapo", help="dapo, a hub id, or a .parquet, .json or .jsonl file")
-    add("--num_questions", type=int, help="|D| of Sec. 6.2, drawn by --seed; default: all")
+    add("--num_questions", type=int, help="|D| of Sec. 6.2, drawn by --seed; None: all")
     add("--enable_thinking", action=switch, default=True, help="for Qwen3's chat template")
     add("--questions_per_step", type=int, default=256, help="Table 8; Sec. 6.2: 64")
-    add("--rollouts", type=int, default=8, help="answers to each question: a group")
+    add("--rollouts", type=int, default=8, help="responses to each question: a group")
     add("--temperature", type=float, default=1.0, help="of sampling and of the loss")
     add("--max_prompt_tokens", type=int, default=2048, help="longer prompts are dropped")
-    add("--max_response_tokens", type=int, default=20480, help="longer answers are cut")
+    add("--max_response_tokens", type=int, default=20480, help="longer responses are cut")
     add("--alpha", type=float, default=0.5, help="0.5: Jensen-Shannon; 1: Eq. 1; 0: its reverse")
     add("--top_k", type=int, default=100, help="the student's most likely tokens; App. G: 256")
     add("--demonstration", choices=["full", "without_think", "uncertain"], default="full",
-        help="c: the answer s; s without its think part; s and App. C's request for uncertainty")
+        help="c: the response s; without its think part; s and App. C's request for uncertainty")
     add("--ema", type=float, default=0.0, help="rate of a moving-average teacher; Sec. 5.4: 0.05")
-    add("--steps", type=int, default=100, help="of rollout and update (authors' code)")
-    add("--minibatch_questions", type=int, default=128, help="per optimizer step; Sec. 6.2: 32")
+    add("--steps", type=int, default=100, help="of rollout and update (Sec. 6.1)")
+    add("--minibatch_questions", type=int, default=128, help="Table 8: 64 or 128; for Sec. 6.2: 32")
     add("--lr", type=float, default=1e-5, help="learning rate, constant after the warm-up")
     add("--warmup_steps", type=int, default=10, help="steps of linear warm-up")
     add("--tokens_per_micro_batch", type=int, default=24576, help="(ours) padding included")
-    add("--recompute_layers", action=switch, default=True, help="(ours) without: faster, bigger")
+    add("--recompute_layers", action=switch, default=True, help="(ours) --no-: faster, more memory")
     add("--adamw_device", choices=["cpu", "cuda"], default="cpu", help="(ours) cuda: faster")
-    add("--gpu_memory_utilization", type=float, default=0.7, help="(ours) vLLM's in sampling")
+    add("--gpu_memory_utilization", type=float, default=0.7, help="(ours) for vLLM in sampling")
     add("--run_dir", default="runs/sdpo", help="a new folder, or a run to resume")
-    add("--seed", type=int, default=0, help="of data order, rollouts, demonstrations")
+    add("--seed", type=int, default=0, help="of data order and sampling")
     add("--eval_data", nargs="*", default=["aime24"], help="or aime25 amc23 math500, ids, files")
     add("--save_every", type=int, default=10, help="steps between checkpoints with evaluation")
     add("--wandb", action="store_true", help="metrics to Weights & Biases, too")
@@ -101,7 +101,7 @@ def render(tokenizer, messages, enable_thinking):
 def read_questions(source, tokenizer, args, draw=False):
     """[{messages, answer, prompt_ids}], prompts within --max_prompt_tokens; raises ValueError."""
     questions, number = load_questions(source), None
-    if draw:  # a smaller set is part of a larger one (Sec. 6.2)
+    if draw:  # --num_questions; a smaller set is part of a larger one
         questions = random.Random(args.seed).sample(questions, len(questions))
         number = args.num_questions
     prompts = (render(tokenizer, q["messages"], args.enable_thinking) for q in questions)
@@ -135,7 +135,7 @@ def teacher_messages(messages, solution, form, heading="\nCorrect solution:\n\n"
 class Rollout:
     question: dict  # messages, answer, prompt_ids; in training `row`, its place in the step's batch
     response_ids: list  # as vLLM sampled them: text is never encoded again
-    logprobs: list  # (T,) vLLM's own, temperature included
+    logprobs: list  # (T,) vLLM's, of these tokens at --temperature; None in evaluation
     text: str
     finished: bool  # False: cut at --max_response_tokens
     reward: float  # 1 correct, 0 not
@@ -143,7 +143,7 @@ class Rollout:
     weight: float = 0.0  # of each of its tokens in the loss
 
     def tokens(self):
-        """Length of its longest sequence, the teacher's."""
+        """Length of the teacher's sequence, the longer of its two."""
         return len(self.teacher_prompt_ids) + len(self.response_ids)
 
 def set_teacher_prompts(group, tokenizer, rng, args):
@@ -187,37 +187,37 @@ def divergence(student, teacher, alpha):
     """
     def kl(p, q):
         return (p.exp() * (p - q)).sum(-1)
-    if alpha in (0, 1):  # where the formula is 0. alpha 1 is Eq. 1, alpha 0 its reverse
+    if alpha in (0, 1):  # the formula gives 0. 1: KL(student || teacher), Eq. 1; 0: its reverse
         return kl(student, teacher) if alpha else kl(teacher, student)
     mixture = torch.logaddexp(student + math.log(1 - alpha), teacher + math.log(alpha))
     return (1 - alpha) * kl(student, mixture) + alpha * kl(teacher, mixture)
 
 def importance_weight(logprobs, old_logprobs):
-    """min(p / p_old, 2) per token, detached: truncated importance sampling (Table 9: clip 2)."""
-    return (logprobs - old_logprobs).clamp(-20, 20).exp().clamp(max=2.0).detach()
+    """min(p / p_old, 2) per token, detached (Table 9: rollout IS clip 2; SDPO takes it, too)."""
+    return (logprobs - old_logprobs).exp().clamp(max=2.0).detach()
 
 def logprobs_at(logits, ids, temperature):
     """log p of token ids (C, k) under logits (C, V), of the full softmax: (C, k) float32."""
-    logits = logits.float().div_(temperature)
+    logits = logits.float().div_(temperature)  # in place: nobody reads them again
     return logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)
 
 def token_losses(student, teacher, targets, args):
     """(divergence, log p(target)) at N positions, (N,) float32 each.
 
-    student, teacher: (hidden states (N, D), LM head). Logits (N, V) never exist: `checkpoint` drops
-    those of a chunk after its forward and computes them again in backward.
+    Logits (N, V) never exist: `checkpoint` computes those of a chunk again in backward.
     """
+    (states, head), (teacher_states, teacher_head) = student, teacher  # (N, D) and the LM head each
     def chunk_losses(hidden, teacher_hidden, target):
-        logits = student[1](hidden)  # (C, V)
+        logits = head(hidden)  # (C, V)
         top = logits.topk(min(args.top_k, logits.shape[-1])).indices  # (C, k)
         with torch.no_grad():
-            buckets = with_tail(logprobs_at(teacher[1](teacher_hidden), top, args.temperature))
+            buckets = with_tail(logprobs_at(teacher_head(teacher_hidden), top, args.temperature))
         # one gather for target and top k: the backward of each would hold a (C, V) of its own
         logprobs = logprobs_at(logits, torch.cat([target[:, None], top], -1), args.temperature)
         return divergence(with_tail(logprobs[:, 1:]), buckets, args.alpha), logprobs[:, 0]
-    chunks = zip(student[0].split(CHUNK), teacher[0].split(CHUNK), targets.split(CHUNK))
+    chunks = zip(states.split(CHUNK), teacher_states.split(CHUNK), targets.split(CHUNK))
     results = [checkpoint(chunk_losses, *chunk, use_reentrant=False) for chunk in chunks]
-    return tuple(map(torch.cat, zip(*results)))
+    return tuple(torch.cat(parts) for parts in zip(*results))
 
 def response_states(model, prompts, responses):
     """(last hidden states (N, D) that predict the response tokens, LM head)."""
@@ -230,7 +230,7 @@ def response_states(model, prompts, responses):
     return hidden, model.get_output_embeddings()
 
 class Student(torch.nn.Module):
-    """What DDP wraps: backbone, LM head and loss in one forward, so that its hooks see them all."""
+    """What DDP wraps: all that has gradients in one forward, so that its hooks see it."""
 
     def __init__(self, model, args):
         super().__init__()
@@ -250,7 +250,7 @@ class Student(torch.nn.Module):
 # --- update: 5. ----------------------------------------------------------------------------------
 
 def micro_batches_of_rank(rollouts, token_budget):
-    """This rank's micro-batches: similar lengths together, up to token_budget with the padding."""
+    """Similar lengths together, up to token_budget with padding; what is longer stands alone."""
     batches, ranks = [], dist.get_world_size()
     for r in sorted((r for r in rollouts if r.weight), key=lambda r: r.tokens()):
         if batches and (len(batches[-1]) + 1) * r.tokens() <= token_budget:
@@ -261,13 +261,13 @@ def micro_batches_of_rank(rollouts, token_budget):
         batches.append([replace(batches[0][0], weight=0.0)])
     return batches[dist.get_rank() :: ranks]
 
-ROUND = 32  # micro-batches to a sum in bfloat16: its error is 0.7%; 683 to a sum: 18%
-# mean |log p_vllm - log p_train|: 1e-6 in float32, 1e-2 in bfloat16; with an old LM head 0.2
+ROUND = 32  # micro-batches summed in bfloat16 before add_gradients: error 0.7%; with 683: 18%
+# mean |log p_vllm - log p_train|: 1e-6 in float32, 1e-2 in bfloat16; with a stale LM head 0.2
 MISMATCH_LIMIT = 1e-3 if DTYPE == torch.float32 else 0.1
 
 def update(model, teacher, optimizer, rollouts, lr, args):
     """One optimizer step a mini-batch; returns the metrics. Every rank holds all rollouts."""
-    for w in model.parameters():  # with None they would lie beside DDP's buckets, a second copy
+    for w in model.parameters():  # made before DDP, they move into its buckets: no second copy
         w.grad = torch.zeros_like(w)
     student, device = Student(model, args), model.device
     ddp = DistributedDataParallel(student, gradient_as_bucket_view=True, init_sync=False)
@@ -276,39 +276,39 @@ def update(model, teacher, optimizer, rollouts, lr, args):
         r.weight = bool(r.teacher_prompt_ids) / (size * len(r.response_ids))
     minibatches = [micro_batches_of_rank(rollouts[i : i + size], args.tokens_per_micro_batch)
                    for i in range(0, len(rollouts), size)]
-    with torch.no_grad():  # only the first mini-batch meets the weights of the step's start
+    with torch.no_grad():  # the first mini-batch still meets the weights of the step's start
         start_logprobs = {id(m): student(m)[1] for m in itertools.chain(*minibatches[1:])}
 
     norms, totals = [], torch.zeros(4, dtype=torch.float64, device=device)
-    for micro_batches in filter(None, minibatches):
+    for micro_batches in filter(None, minibatches):  # one without demonstrations makes no step
         sums = torch.zeros_like(totals)  # loss, tokens, mismatch, clipped
-        for i, micro_batch in enumerate(tqdm(micro_batches, "update", **BAR), 1):
+        for i, micro_batch in enumerate(tqdm(micro_batches, "update", **TQDM), 1):
             vllm = torch.tensor([p for r in micro_batch for p in r.logprobs], device=device)  # (N,)
             weight = torch.tensor([r.weight for r in micro_batch for _ in r.logprobs]).to(device)
             ddp.require_backward_grad_sync = i % ROUND == 0 or i == len(micro_batches)
-            js, logprobs = ddp(micro_batch, teacher)  # (N,) each
+            losses, logprobs = ddp(micro_batch, teacher)  # (N,) each
             # three log-probabilities of a token: vLLM's, the trainer's at the step's start, and now
             start = start_logprobs.get(id(micro_batch), logprobs.detach())
             ratio, correction = importance_weight(logprobs, start), importance_weight(start, vllm)
-            loss = (js * ratio * correction * weight).sum()
+            loss = (losses * ratio * correction * weight).sum()
             (loss * dist.get_world_size()).backward()  # DDP takes the mean over ranks, not the sum
             if ddp.require_backward_grad_sync:
                 optimizer.add_gradients()
-            counts = weight > 0
-            mismatch = ((start - vllm).abs() * counts).sum()
-            clipped = (counts & (torch.maximum(ratio, correction) >= 2)).sum()
-            sums += torch.stack([loss.detach().double(), counts.sum(), mismatch, clipped])
+            mask = weight > 0  # False in the copies that fill up the ranks
+            mismatch = ((start - vllm).abs() * mask).sum()
+            clipped = (mask & (torch.maximum(ratio, correction) >= 2)).sum()
+            sums += torch.stack([loss.detach().double(), mask.sum(), mismatch, clipped])
         dist.all_reduce(sums)
         totals += sums
-        if totals[2] > MISMATCH_LIMIT * totals[1]:
+        if not totals[2] <= MISMATCH_LIMIT * totals[1]:  # also if it is NaN
             sys.exit(f"error: vLLM's log-probabilities are {totals[2] / totals[1]:.3g} a token off "
-                     "the trainer's: has it old weights? This update was not made.")
+                     "the trainer's: has it old weights? This step was not saved.")
         norms.append(optimizer.step(lr, max_norm=1.0))  # Table 8
     model.zero_grad(set_to_none=True)
-    (loss, tokens, mismatch, clipped), n = totals.tolist(), max(1, len(norms))
-    return dict(loss=loss / n, grad_norm=sum(norms) / n, lr=lr, trained_tokens=int(tokens),
-                trained=sum(r.weight > 0 for r in rollouts) / len(rollouts),
-                mismatch=mismatch / max(1, tokens), clipped=clipped / max(1, tokens),
+    (loss, tokens, mismatch, clipped), n = totals.tolist(), len(norms) or 1
+    return dict(loss=loss / len(minibatches), grad_norm=sum(norms) / n, lr=lr,
+                trained=sum(r.weight > 0 for r in rollouts) / len(rollouts), trained_tokens=tokens,
+                mismatch=mismatch / (tokens or 1), clipped=clipped / (tokens or 1),
                 skipped=sum(not math.isfinite(norm) for norm in norms))
 
 # --- run -----------------------------------------------------------------------------------------
@@ -321,7 +321,7 @@ def main():
         parser.error("--questions_per_step: not divisible by --minibatch_questions and the GPUs")
     if len({Path(source).stem for source in args.eval_data}) < len(args.eval_data):
         parser.error(f"--eval_data: two benchmarks have one name: {' '.join(args.eval_data)}")
-    try:  # bad input ends with one line and exit code 2, before vLLM starts
+    try:  # bad input ends with one line (a rank) and exit code 2, before vLLM starts
         from transformers import AutoTokenizer  # takes seconds, --help waits for none
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         path = args.model if Path(args.model).is_dir() else snapshot_download(
@@ -339,32 +339,33 @@ def main():
     if args.recompute_layers:
         model.gradient_checkpointing_enable(dict(use_reentrant=False))
     optimizer = MasterAdamW(model, args.adamw_device, lr=args.lr, weight_decay=0.01)  # Table 8
-    averages = {name: master.clone() for name, master in optimizer.masters.items() if args.ema}
+    averages = {n: m.clone() for n, m in optimizer.masters.items() if args.ema}  # the teacher
     state = dict(masters=optimizer.masters, moments=optimizer.moments, averages=averages)
     done = load_checkpoint(args.run_dir, state)  # steps
-    optimizer.write_weights(optimizer.masters, model)
+    optimizer.write_weights(optimizer.masters, model)  # a resumed run's are the checkpoint's
     stream = question_stream(questions, args.seed)
     stream = itertools.islice(stream, done * args.questions_per_step, None)
     with Verifier() as verifier:
         sync_weights(llm, model)
-        evaluate(llm, verifier, benchmarks, done, args)
+        evaluate(llm, verifier, benchmarks, done, args)  # also on resume: a kill may have cut it
         for step in range(done + 1, args.steps + 1):
             start = time.time()
             # 1. to 3. rollouts, rewards, demonstrations
             batch = list(itertools.islice(stream, args.questions_per_step))
             rollouts = sample_groups(llm, verifier, tokenizer, batch, step, args)
             sampled = time.time()
-            # 4. and 5. the loss, AdamW; teacher and gradients take memory only while vLLM sleeps
+            # 4. and 5. the loss, AdamW; what they need takes memory only while vLLM sleeps
             if device.type == "cuda":
-                llm.sleep(level=2)
+                llm.sleep(level=2)  # drops its weights; sync_weights brings the new ones
             teacher = load_model(path).to(device)
             if args.ema:
                 optimizer.write_weights(averages, teacher)
             lr = args.lr * min(1, step / max(1, args.warmup_steps))
             metrics = update(model, teacher, optimizer, rollouts, lr, args)
             for name, average in averages.items():
-                average.lerp_(optimizer.masters[name], args.ema)  # Sec. 5.4: once a step
+                average.lerp_(optimizer.masters[name], args.ema)  # once a step (authors' code)
             del teacher
+            gc.collect()  # a compiled teacher is a cycle of references
             sync_weights(llm, model)
             metrics["seconds"] = dict(rollout=sampled - start, update=time.time() - sampled)
             log(args, step, rollouts, metrics)
@@ -384,7 +385,7 @@ def make_engine(path, args):
     cpu = not torch.cuda.is_available()
     return LLM(path, dtype=DTYPE, seed=args.seed, load_format="dummy", use_tqdm_on_load=False,
                max_model_len=args.max_prompt_tokens + args.max_response_tokens,
-               max_num_seqs=256,  # its default of 1,024 takes GPU memory and is never reached
+               max_num_seqs=256,  # as many as a rank of eight has; its 1,024 take more memory
                gpu_memory_utilization=args.gpu_memory_utilization,
                kv_cache_memory_bytes=2 * 2**30 if cpu else None, enforce_eager=cpu,
                enable_sleep_mode=not cpu, distributed_executor_backend="external_launcher",
@@ -395,7 +396,6 @@ def make_engine(path, args):
 def sync_weights(llm, model):
     """Wakes vLLM with the model's weights, written in place; then its KV cache, in what is left."""
     if torch.cuda.is_available():
-        gc.collect()  # a compiled teacher is a cycle of references
         torch.cuda.empty_cache()
         llm.wake_up(tags=["weights"])
     weights = ((name, w.detach()) for name, w in model.named_parameters(remove_duplicate=False))
@@ -413,7 +413,7 @@ def generate(llm, verifier, questions, seed, **sampling):
     llm.reset_prefix_cache()
     outputs = llm.generate([dict(prompt_token_ids=q["prompt_ids"]) for q in questions],
                            SamplingParams(detokenize=False, **sampling),  # token by token: slow
-                           use_tqdm=not BAR["disable"] and (lambda **bar: tqdm(**bar, **BAR)))
+                           use_tqdm=not TQDM["disable"] and (lambda **bar: tqdm(**bar, **TQDM)))
     answers = [(q, answer) for q, output in zip(questions, outputs) for answer in output.outputs]
     texts = llm.get_tokenizer().batch_decode([answer.token_ids for _, answer in answers],
                                              skip_special_tokens=True)
@@ -450,7 +450,7 @@ def log(args, step, rollouts, metrics):
         file.write(json.dumps(m) + "\n")
     write_lines(Path(args.run_dir, f"rollouts/step_{step}.jsonl"), records[:64])
     if args.wandb:
-        sys.modules["wandb"].log(m, step=step)
+        sys.modules["wandb"].log(m, step=step)  # begin_run has imported it
     left = timedelta(seconds=round((args.steps - step) * sum(m["seconds"].values())))
     say(f"step {step}/{args.steps}  {epistemic.line(m)}  loss {m['loss']:.3f}  {left} left")
 
@@ -479,9 +479,9 @@ def load_model(path):
 class MasterAdamW:
     """AdamW on float32 copies (masters) of bfloat16 weights; tensor i belongs to rank i % ranks.
 
-    A step of 1e-6 is a hundredth of bfloat16's spacing at a weight of 0.02: such a weight would
-    never move. Its master does; the weight is the rounded master. Bytes a parameter, shared out
-    over the ranks: 4 of master, 8 of moments, 2 of summed gradients. Qwen3-8B: 115 GB.
+    At a rate of 1e-6 a step is a hundredth of bfloat16's spacing at a weight of 0.02, which would
+    never move. Its master does; the weight is the rounded master. Bytes a parameter, of all ranks:
+    4 of master, 8 of moments, 2 of summed gradients. Qwen3-8B: 115 GB.
     """
 
     def __init__(self, model, device="cpu", **settings):
@@ -519,8 +519,8 @@ class MasterAdamW:
         norm = square.sqrt().item()
         scale = min(1.0, max_norm / (norm + 1e-6))
         self.adamw.param_groups[0]["lr"] = lr
-        for master, total in zip(self.masters.values(), self.sums):
-            if math.isfinite(norm):  # tensor by tensor: the gradient is never whole in float32
+        for master, total in zip(self.masters.values(), self.sums):  # never all in float32
+            if math.isfinite(norm):
                 master.grad = self.copy(total, torch.float32).mul_(scale)
                 self.adamw.step()
                 master.grad = None
