@@ -32,31 +32,29 @@ PHASES = {  # the function that is the phase, and its length on the toy, seconds
     "sampling": ("generate", 0.6),
 }
 
-
 def phases(script):
     """Those that the script has: sft_distill.py samples nothing."""
     return ["update", "saving"] if script == "sft_distill.py" else list(PHASES)
-
 
 def trainer():
     """The script's main(), in a process of its own, the running phase noted in a file.
 
     Where the argument `plan` names a phase, a number and seconds, SIGKILL comes so long after the
-    phase has begun for so many times.
+    phase has calls for so many times.
     """
     script, note, plan, *argv = sys.argv[2:]
     sys.path.insert(0, str(ROOT))
     module = __import__(Path(script).stem)
-    speaks = os.environ.get("RANK", "0") == "0"
+    first = os.environ.get("RANK", "0") == "0"
     job = os.getppid() if "RANK" in os.environ else os.getpid()  # torchrun, and all below it
     target, number, delay = plan.split(",")
-    begun = collections.Counter()
+    calls = collections.Counter()
 
     def noted(phase, function):
         def call(*args, **kwargs):
-            begun[phase] += 1
+            calls[phase] += 1
             Path(note).write_text(phase)
-            if phase == target and begun[phase] == int(number):
+            if phase == target and calls[phase] == int(number):
                 # looked for before, since that takes time; this process goes last
                 members = sorted(family(job), key=lambda pid: pid == os.getpid())
                 timer = threading.Timer(float(delay), kill, [members])
@@ -66,14 +64,13 @@ def trainer():
             finally:
                 Path(note).write_text("between")
         return call
-    for phase in phases(script) if speaks else ():
+    for phase in phases(script) if first else ():
         name = PHASES[phase][0]
         setattr(module, name, noted(phase, getattr(module, name)))
     if os.environ.get("MASTERS"):  # the weights of a GPU, on CPU, and a round a micro-batch
         module.DTYPE, module.MISMATCH_LIMIT, module.ROUND = module.torch.bfloat16, 0.1, 1
     sys.argv = [script, *argv]
     module.main()
-
 
 def start(script, ranks, note, argv, masters, plan=",0,0"):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone",
@@ -83,7 +80,6 @@ def start(script, ranks, note, argv, masters, plan=",0,0"):
     log = open(note.with_suffix(".log"), "a")
     command = [*launch, __file__, "trainer", script, str(note), plan, *map(str, argv)]
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
-
 
 def family(pid):
     """A process and all below it."""
@@ -100,11 +96,9 @@ def family(pid):
         look += children[found[-1]]
     return found
 
-
 def kill_family(pid):
     """SIGKILL for a process and all below it, none of whom gets to say a word."""
     kill(family(pid))
-
 
 def kill(members):
     for member in members:
@@ -113,7 +107,6 @@ def kill(members):
         except ProcessLookupError:
             pass
 
-
 def outcome(run_dir, steps):
     """(metrics without times and memory, SHA-256 of the last weights)."""
     kept = [{k: v for k, v in json.loads(line).items()
@@ -121,7 +114,6 @@ def outcome(run_dir, steps):
             for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     weights = (run_dir / f"checkpoints/step_{steps}/model.safetensors").read_bytes()
     return kept, hashlib.sha256(weights).hexdigest()
-
 
 def killed_run(folder, script, ranks, kills, steps, argv, masters):
     """Runs to the end through `kills` kills; returns how often which phase was hit."""
@@ -144,7 +136,6 @@ def killed_run(folder, script, ranks, kills, steps, argv, masters):
         hit[note.read_text()] += 1
         wanted.pop()
 
-
 def arguments(script, steps, folder):
     """Its flags for a run of so many short steps, each of them saved."""
     argv = ["--model", "toy/model", "--lr", "1e-4", "--max_response_tokens", 300, "--save_every", 1,
@@ -162,7 +153,6 @@ def arguments(script, steps, folder):
             "--warmup_steps", 2, "--steps", steps,
             *(["--ema", 0.05] if script == "sdpo.py" else [])]
 
-
 def compare(folder, script, ranks, kills, steps, masters):
     """(phases hit, whether metrics agree, whether weights agree) of folder/whole, folder/killed."""
     argv, hits = [*arguments(script, steps, folder), "--run_dir"], []
@@ -172,7 +162,6 @@ def compare(folder, script, ranks, kills, steps, masters):
                                [*argv, folder / name / "run"], masters))
     (m, w), (n, v) = (outcome(folder / name / "run", steps) for name in ("whole", "killed"))
     return hits[1], m == n, w == v
-
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
@@ -196,7 +185,6 @@ def main():
               f"{time.time() - began:.0f} s: {said}\n  metrics and weights "
               f"{'the same' if metrics and weights else 'DIFFER'}: {folder}", flush=True)
     sys.exit(not same)
-
 
 if __name__ == "__main__":
     trainer() if sys.argv[1:2] == ["trainer"] else main()
