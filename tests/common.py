@@ -118,7 +118,8 @@ class Job:
 
     def kill(self):
         """SIGKILL for all of them and what they have started."""
-        kill.kill([pid for process in self.processes for pid in kill.family(process.pid)])
+        for process in self.processes:
+            kill.kill_family(process.pid)
 
     def end(self, code=0):
         """What it says up to its end, which has to come with this exit code."""

@@ -40,12 +40,11 @@ def trainer():
     """The script's main(), in a process of its own, the running phase noted in a file.
 
     Where the argument `plan` names a phase, a number and seconds, SIGKILL comes so long after the
-    phase has calls for so many times.
+    phase has started for so many times.
     """
     script, note, plan, *argv = sys.argv[2:]
     sys.path.insert(0, str(ROOT))
     module = __import__(Path(script).stem)
-    first = os.environ.get("RANK", "0") == "0"
     job = os.getppid() if "RANK" in os.environ else os.getpid()  # torchrun, and all below it
     target, number, delay = plan.split(",")
     calls = collections.Counter()
@@ -57,29 +56,29 @@ def trainer():
             if phase == target and calls[phase] == int(number):
                 # looked for before, since that takes time; this process goes last
                 members = sorted(family(job), key=lambda pid: pid == os.getpid())
-                timer = threading.Timer(float(delay), kill, [members])
-                timer.start()
+                threading.Timer(float(delay), kill, [members]).start()
             try:
                 return function(*args, **kwargs)
             finally:
                 Path(note).write_text("between")
         return call
-    for phase in phases(script) if first else ():
-        name = PHASES[phase][0]
-        setattr(module, name, noted(phase, getattr(module, name)))
+    if os.environ.get("RANK", "0") == "0":
+        for phase in phases(script):
+            name = PHASES[phase][0]
+            setattr(module, name, noted(phase, getattr(module, name)))
     if os.environ.get("MASTERS"):  # the weights of a GPU, on CPU, and a round a micro-batch
         module.DTYPE, module.MISMATCH_LIMIT, module.ROUND = module.torch.bfloat16, 0.1, 1
     sys.argv = [script, *argv]
     module.main()
 
-def start(script, ranks, note, argv, masters, plan=",0,0"):
+def start(script, ranks, note, argv, masters, plan):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone",
               "--nproc_per_node", str(ranks)] if ranks > 1 else [sys.executable]
     env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore",
                TORCH_CPP_LOG_LEVEL="ERROR", MASTERS="yes" if masters else "")
-    log = open(note.with_suffix(".log"), "a")
     command = [*launch, __file__, "trainer", script, str(note), plan, *map(str, argv)]
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
+    with open(note.with_suffix(".log"), "a") as log:
+        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
 
 def family(pid):
     """A process and all below it."""
@@ -96,16 +95,16 @@ def family(pid):
         look += children[found[-1]]
     return found
 
-def kill_family(pid):
-    """SIGKILL for a process and all below it, none of whom gets to say a word."""
-    kill(family(pid))
-
 def kill(members):
+    """SIGKILL for these processes, none of which gets to say a word."""
     for member in members:
         try:
             os.kill(member, signal.SIGKILL)
         except ProcessLookupError:
             pass
+
+def kill_family(pid):
+    kill(family(pid))
 
 def outcome(run_dir, steps):
     """(metrics without times and memory, SHA-256 of the last weights)."""
@@ -124,8 +123,8 @@ def killed_run(folder, script, ranks, kills, steps, argv, masters):
         note.write_text("start-up")
         plan = ",0,0"
         if wanted:  # mostly the first time that the phase comes, or the steps would not last
-            saved = max([int(p.name[5:]) for p in folder.glob("run/checkpoints/step_*")
-                         if p.suffix != ".part"], default=0)
+            saved = max([int(p.name[5:]) for p in folder.glob("run/checkpoints/step_*[0-9]")],
+                        default=0)
             number = min(rng.choice([1, 1, 2]), steps - saved)
             plan = f"{wanted[-1]},{number},{rng.random() * PHASES[wanted[-1]][1]}"
         job = start(script, ranks, note, argv, masters, plan)
@@ -154,37 +153,35 @@ def arguments(script, steps, folder):
             *(["--ema", 0.05] if script == "sdpo.py" else [])]
 
 def compare(folder, script, ranks, kills, steps, masters):
-    """(phases hit, whether metrics agree, whether weights agree) of folder/whole, folder/killed."""
-    argv, hits = [*arguments(script, steps, folder), "--run_dir"], []
+    """(phases hit, whether metrics and weights agree) of folder/whole and folder/killed."""
+    argv, hits, ends = [*arguments(script, steps, folder), "--run_dir"], [], []
     for name, number in (("whole", 0), ("killed", kills)):
-        (folder / name).mkdir()
-        hits.append(killed_run(folder / name, script, ranks, number, steps,
-                               [*argv, folder / name / "run"], masters))
-    (m, w), (n, v) = (outcome(folder / name / "run", steps) for name in ("whole", "killed"))
-    return hits[1], m == n, w == v
+        run = folder / name / "run"
+        run.parent.mkdir()
+        hits.append(killed_run(run.parent, script, ranks, number, steps, [*argv, run], masters))
+        ends.append(outcome(run, steps))
+    return hits[1], ends[0] == ends[1]
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--script", choices=["sdpo.py", "grpo.py", "sft_distill.py"],
-                        default="sdpo.py")
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--masters", action="store_true",
-                        help="as on a GPU: bfloat16 weights, float32 masters")
+    add = parser.add_argument
+    add("--script", choices=["sdpo.py", "grpo.py", "sft_distill.py"], default="sdpo.py")
+    add("--kills", type=int, default=20)
+    add("--steps", type=int, default=12)
+    add("--ranks", type=int, nargs="+", default=[1, 2])
+    add("--masters", action="store_true", help="as on a GPU: bfloat16 weights, float32 masters")
     args = parser.parse_args()
-    same = True
+    all_same = True
     for ranks in args.ranks:
-        began, folder = time.time(), Path(tempfile.mkdtemp())
-        hit, metrics, weights = compare(folder, args.script, ranks, args.kills, args.steps,
-                                        args.masters)
-        same &= metrics and weights
-        said = ", ".join(f"{n} {phase}" for phase, n in hit.most_common())
+        started, folder = time.time(), Path(tempfile.mkdtemp())
+        hit, same = compare(folder, args.script, ranks, args.kills, args.steps, args.masters)
+        all_same &= same
+        counts = ", ".join(f"{n} {phase}" for phase, n in hit.most_common())
         print(f"{args.script}, {ranks} rank(s), {args.steps} steps, {sum(hit.values())} kills in "
-              f"{time.time() - began:.0f} s: {said}\n  metrics and weights "
-              f"{'the same' if metrics and weights else 'DIFFER'}: {folder}", flush=True)
-    sys.exit(not same)
+              f"{time.time() - started:.0f} s: {counts}\n  metrics and weights "
+              f"{'the same' if same else 'DIFFER'}: {folder}", flush=True)
+    sys.exit(not all_same)
 
 if __name__ == "__main__":
     trainer() if sys.argv[1:2] == ["trainer"] else main()
