@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
 
@@ -105,22 +104,18 @@ def test_the_teacher_is_the_moving_average(killed, tmp_path):
 # --- GRPO: to its end on one rank, then more steps on two ----------------------------------------
 
 def test_grpo_ends_on_one_rank_and_goes_on_with_two(tmp_path):
-    run = tmp_path / "run"
-    command = ["--model", "toy/model", "--data", DATA / "ood.jsonl", "--num_questions", 2,
-               "--eval_data", few(DATA / "ood.jsonl", 1, tmp_path), "--questions_per_step", 4,
-               "--minibatch_questions", 2, "--rollouts", 8, "--max_response_tokens", 300, "--lr",
-               "1e-4", "--warmup_steps", 1, "--save_every", 100, "--tokens_per_micro_batch", 2000,
-               "--run_dir", run, "--steps"]
+    run, data = tmp_path / "run", few(DATA / "ood.jsonl", 2, tmp_path)
+    command = ["--model", "toy/model", "--data", data, "--eval_data", data, "--lr", "1e-4",
+               "--questions_per_step", 4, "--minibatch_questions", 2, "--max_response_tokens", 300,
+               "--save_every", 100, "--tokens_per_micro_batch", 2000, "--run_dir", run, "--steps"]
     Job(tmp_path / "log", "grpo.py", 1, *command, 2).end()
     said = Job(tmp_path / "log_again", "grpo.py", 2, *command, 3).end()
     assert f"{run} resumes after step 2" in said and said.count("step 3/3  score") == 1
-    assert "Traceback" not in said
+    assert "Traceback" not in said and (run / "eval/step_3.json").exists() and newest(run) == 3
     metrics = lines(run / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [1, 2, 3] and any(m["trained"] for m in metrics)
-    assert newest(run) == 3 and (run / "eval/step_3.json").exists()
     for m in metrics:
-        assert m["mismatch"] < 1e-4 and m["skipped"] == 0
-        assert (m["trained"] > 0) == (m["grad_norm"] > 0)
+        assert m["mismatch"] < 1e-4 and (m["trained"] > 0) == (m["grad_norm"] > 0)
         rows = [r["row"] for r in lines(run / f"rollouts/step_{m['step']}.jsonl")]
         assert rows == sorted([*range(4)] * 8)  # two questions fill a batch of four
 
@@ -250,16 +245,7 @@ def ask_engine(folder, data):
     tokenizer, model = AutoTokenizer.from_pretrained(folder), sdpo.load_model(folder)
     llm = sdpo.make_engine(str(folder), args)
     questions = sdpo.read_questions(str(data), tokenizer, args)
-    verifier, generate, asked = sdpo.Verifier(), llm.generate, []
-
-    def watched(*args, **how):
-        states = [np.random.get_state(), torch.get_rng_state().tolist()]
-        outputs = generate(*args, **how)
-        answers = [(list(o.token_ids), o.logprobs.logprobs) for output in outputs
-                   for o in output.outputs]
-        asked.append([str(one) for one in (*states, answers)])
-        return outputs
-    llm.generate = watched
+    verifier, answers = sdpo.Verifier(), []
 
     def sample(step=1, rank=0):
         sdpo.dist.get_rank = lambda: rank
@@ -280,18 +266,15 @@ def ask_engine(folder, data):
     results["stale"] = gap()
     sdpo.sync_weights(llm, model)
     results["tied"] = gap()
-    asked.clear()
-    for seed, step, rank in [(0, 1, 0), (0, 1, 0), (1, 1, 0), (0, 2, 0), (0, 1, 1)]:
-        args.seed = seed
-        sample(step, rank)
+    for args.seed, step, rank in [(0, 1, 0), (0, 1, 0), (1, 1, 0), (0, 2, 0), (0, 1, 1)]:
+        answers.append(str([(r.response_ids, r.logprobs) for r in sample(step, rank)]))
     verifier.close()
     llm.llm_engine.engine_core.shutdown()
-    return dict(results, asked=asked)
+    return dict(results, answers=answers)
 
 def test_vllm_agrees_after_a_sync_and_repeats_itself(tmp_path):
     """Where the config ties embeddings: with an LM head of its own beside them (a merged LoRA), and
-    without, where vLLM on CPU would keep its first. And by its seed alone, whichever of the global
-    generators vLLM draws from: torch's or, by its newer model runner, NumPy's."""
+    without, where vLLM on CPU would keep its first. And answers follow from the seed."""
     folder = shutil.copytree(ROOT / "toy/model", tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(dict(config, tie_word_embeddings=True)))
@@ -299,7 +282,5 @@ def test_vllm_agrees_after_a_sync_and_repeats_itself(tmp_path):
     assert results["own_head"] and results["own"] < 1e-4 and results["tied"] < 1e-4
     assert results["stale"] > 1e-2  # what test_sdpo.py's update would stop at
     # the same twice, bit for bit; then another seed, another step, another rank
-    first, again, *others = results["asked"]
-    assert first == again
-    for i in range(3):  # two generators, and the answers
-        assert len({asked[i] for asked in (first, *others)}) == 4
+    first, again, *others = results["answers"]
+    assert first == again and len({first, *others}) == 4

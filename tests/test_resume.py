@@ -142,13 +142,13 @@ def test_what_does_not_change_the_result_may_change_on_resume(begun, monkeypatch
     assert config["commit"] and config["versions"]["torch"] == torch.__version__
 
 @pytest.mark.parametrize("more, was", [
-    (["--lr", 1e-4], "--lr was"), (["--data", DATA / "ood.jsonl"], f"--data was {DATA}/in.jsonl"),
-    (["--temperature", 0.9, "--seed", 1], "--temperature was 1.0, --seed was 0")])
+    (["--lr", 1e-4], "--lr"), (["--data", DATA / "ood.jsonl"], f"{DATA}/in.jsonl"),
+    (["--temperature", 0.9], "--temperature")])
 def test_what_changes_it_may_not(begun, monkeypatch, more, was):
     script, run = begun
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     line = refusal_of_main(script, monkeypatch, command(run, *more))
-    assert f"--run_dir {run} holds another run: {was}" in line
+    assert f"--run_dir {run}" in line and was in line
     assert before == {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     (run / "checkpoints/step_1").rename(run / "checkpoints/step_1.part")
     with pytest.raises(pytest.fail.Exception, match="accepted"):  # without a checkpoint: anew

@@ -67,9 +67,6 @@ def test_epochs_are_complete_and_differ():
     epochs = [list(itertools.islice(stream, 10)) for _ in range(3)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len(set(map(tuple, epochs))) == 3
-    again, other = (list(itertools.islice(sdpo.question_stream(list(range(10)), seed), 10))
-                    for seed in (0, 1))
-    assert again == epochs[0] != other
 
 QUESTION = "What is 1 + 1?\nPlease reason step by step, and put your final answer within \\boxed{}."
 REPROMPT = QUESTION + "\nCorrect solution:\n\nS\n\nCorrectly solve the original question."
@@ -78,14 +75,16 @@ TABLE_12 = {  # model: (what comes before the user's text, what comes after with
         "<｜begin▁of▁sentence｜><｜User｜>", "<｜Assistant｜><think>\n", None),
     "qwen3": ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n",
               "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"),
+    "toy": ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n",
+            "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"),
     "olmo-3-instruct": (
         "<|im_start|>system\nYou are a helpful function-calling AI assistant. You do not currently "
         "have access to any functions. <functions></functions><|im_end|>\n<|im_start|>user\n",
         "<|im_end|>\n<|im_start|>assistant\n", None),
 }
 
-@needs_tokenizers
-@pytest.mark.parametrize("name", TABLE_12)
+@pytest.mark.parametrize("name", ["toy", *(
+    pytest.param(name, marks=needs_tokenizers) for name in TABLE_12 if name != "toy")])
 def test_prompts_of_the_papers_models(name):
     tokenizer = tokenizer_of(name)
     before, thinking, off = TABLE_12[name]
@@ -96,14 +95,6 @@ def test_prompts_of_the_papers_models(name):
             assert tokenizer.decode(ids) == before + text + after
             if tokenizer.bos_token_id is not None:
                 assert ids.count(tokenizer.bos_token_id) == before.count(tokenizer.bos_token)
-
-def test_prompts_of_the_toy(tokenizer):
-    chat = [dict(role="system", content="Be brief."), dict(role="user", content=QUESTION)]
-    text = tokenizer.decode(sdpo.render(tokenizer, sdpo.teacher_messages(chat, "S", "full"), False))
-    assert text == ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n" + REPROMPT
-                    + "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n")
-    answer = "<think>\nHmm.\n</think>\n\n\\boxed{4}"  # the think tags must survive decoding
-    assert tokenizer.decode(tokenizer.encode(answer), skip_special_tokens=True) == answer
 
 @pytest.mark.parametrize("form, response, shown", [
     ("full", "<think>\na\n</think>\n\nSo 4.", "<think>\na\n</think>\n\nSo 4."),
