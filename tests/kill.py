@@ -5,9 +5,8 @@ weights, byte for byte.
     python tests/kill.py                      # sdpo.py, 20 kills, 1 rank and 2 ranks
     python tests/kill.py --script grpo.py --kills 6 --ranks 2
 
-A kill's moment is drawn: a phase of the step (sampling with its grading, update, weight sync,
-saving) and a time from its beginning. What is printed is the phase that the trainer itself had
-noted when it died.
+A kill's moment is drawn: a phase of a step (sampling with its grading, update, weight sync, saving)
+and a time from its beginning.
 """
 import argparse
 import collections
@@ -32,53 +31,41 @@ PHASES = {  # the function that is the phase, and its length on the toy, seconds
     "sampling": ("generate", 0.6),
 }
 
-def phases(script):
+def phases_of(script):
     """Those that the script has: sft_distill.py samples nothing."""
     return ["update", "saving"] if script == "sft_distill.py" else list(PHASES)
 
 def trainer():
-    """The script's main(), in a process of its own, the running phase noted in a file.
-
-    Where the argument `plan` names a phase, a number and seconds, SIGKILL comes so long after the
-    phase has started for so many times.
-    """
-    script, note, plan, *argv = sys.argv[2:]
+    """The script's main(), in a process of its own. Where the argument `plan` names a function, a
+    number and seconds, SIGKILL comes so long after the call of that number."""
+    script, plan, *argv = sys.argv[2:]
     sys.path.insert(0, str(ROOT))
     module = __import__(Path(script).stem)
     job = os.getppid() if "RANK" in os.environ else os.getpid()  # torchrun, and all below it
-    target, number, delay = plan.split(",")
-    calls = collections.Counter()
+    name, number, delay = plan.split(",")
+    calls, function = itertools.count(1), getattr(module, name, None)
 
-    def noted(phase, function):
-        def call(*args, **kwargs):
-            calls[phase] += 1
-            Path(note).write_text(phase)
-            if phase == target and calls[phase] == int(number):
-                # looked for before, since that takes time; this process goes last
-                members = sorted(family(job), key=lambda pid: pid == os.getpid())
-                threading.Timer(float(delay), kill, [members]).start()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                Path(note).write_text("between")
-        return call
-    if os.environ.get("RANK", "0") == "0":
-        for phase in phases(script):
-            name = PHASES[phase][0]
-            setattr(module, name, noted(phase, getattr(module, name)))
+    def call(*args, **kwargs):
+        if next(calls) == int(number):
+            # looked for before, since that takes time; this process goes last
+            members = sorted(family(job), key=lambda pid: pid == os.getpid())
+            threading.Timer(float(delay), kill, [members]).start()
+        return function(*args, **kwargs)
+    if function and os.environ.get("RANK", "0") == "0":
+        setattr(module, name, call)
     if os.environ.get("MASTERS"):  # the weights of a GPU, on CPU, and a round a micro-batch
         module.DTYPE, module.MISMATCH_LIMIT, module.ROUND = module.torch.bfloat16, 0.1, 1
     sys.argv = [script, *argv]
     module.main()
 
-def start(script, ranks, note, argv, masters, plan):
+def start(script, ranks, log, argv, masters, plan):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone",
               "--nproc_per_node", str(ranks)] if ranks > 1 else [sys.executable]
     env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore",
                TORCH_CPP_LOG_LEVEL="ERROR", MASTERS="yes" if masters else "")
-    command = [*launch, __file__, "trainer", script, str(note), plan, *map(str, argv)]
-    with open(note.with_suffix(".log"), "a") as log:
-        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
+    command = [*launch, __file__, "trainer", script, plan, *map(str, argv)]
+    with open(log, "a") as file:
+        return subprocess.run(command, cwd=ROOT, env=env, stdout=file, stderr=file).returncode
 
 def family(pid):
     """A process and all below it."""
@@ -115,25 +102,24 @@ def outcome(run_dir, steps):
     return kept, hashlib.sha256(weights).hexdigest()
 
 def killed_run(folder, script, ranks, kills, steps, argv, masters):
-    """Runs to the end through `kills` kills; returns how often which phase was hit."""
-    hit, note, rng = collections.Counter(), folder / "phase", random.Random(0)
-    wanted = list(itertools.islice(itertools.cycle(phases(script)), kills))
-    rng.shuffle(wanted)
+    """Runs to the end through `kills` kills; returns how many were meant for which phase."""
+    rng, log = random.Random(0), folder / "log"
+    phases = list(itertools.islice(itertools.cycle(phases_of(script)), kills))
+    hit = collections.Counter(phases)
+    rng.shuffle(phases)
     while True:
-        note.write_text("start-up")
         plan = ",0,0"
-        if wanted:  # mostly the first time that the phase comes, or the steps would not last
+        if phases:  # mostly the first time that the phase comes, or the steps would not last
             saved = max([int(p.name[5:]) for p in folder.glob("run/checkpoints/step_*[0-9]")],
                         default=0)
-            number = min(rng.choice([1, 1, 2]), steps - saved)
-            plan = f"{wanted[-1]},{number},{rng.random() * PHASES[wanted[-1]][1]}"
-        job = start(script, ranks, note, argv, masters, plan)
-        if job.wait() == 0:
+            name, length = PHASES[phases[-1]]
+            plan = f"{name},{min(rng.choice([1, 1, 2]), steps - saved)},{rng.random() * length}"
+        code = start(script, ranks, log, argv, masters, plan)
+        if code == 0:
             return hit
-        if job.returncode != -signal.SIGKILL:
-            raise RuntimeError(note.with_suffix(".log").read_text()[-3000:])
-        hit[note.read_text()] += 1
-        wanted.pop()
+        if code != -signal.SIGKILL:
+            raise RuntimeError(log.read_text()[-3000:])
+        phases.pop()
 
 def arguments(script, steps, folder):
     """Its flags for a run of so many short steps, each of them saved."""

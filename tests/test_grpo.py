@@ -18,14 +18,6 @@ def flags(*more):
         "--model", str(ROOT / "toy/model"), "--rollouts", "1", "--minibatch_questions", "20",
         "--temperature", "0.7", "--tokens_per_micro_batch", "200", *more])
 
-def test_defaults_are_the_papers():
-    args = grpo.make_parser().parse_args(["--model", "x"])
-    table_8_and_9 = dict(
-        max_prompt_tokens=2048, max_response_tokens=20480, questions_per_step=256,
-        minibatch_questions=128, rollouts=8, temperature=1.0, warmup_steps=10, lr=1e-6,
-        clip_low=0.2, clip_high=0.28)
-    assert {name: getattr(args, name) for name in table_8_and_9} == table_8_and_9
-
 def rollout(row=0, advantage=0.0, prompt=(1, 2), response=(3,), reward=0.0, finished=True):
     return grpo.Rollout(dict(prompt_ids=list(prompt), row=row), list(response),
                         [-1.0] * len(response), "", finished, reward, advantage)
