@@ -57,7 +57,7 @@ def make_batch(size, shift=1.2):
         batch[-1].logprobs = [p + rng.uniform(-shift, shift) for p in logprobs]
     return batch
 
-def measure(size, lr=1e-5):
+def measure(size, lr=1e-6):
     """What an update makes of a batch: metrics, this rank's gradient of the last mini-batch."""
     with mock.patch.multiple(grpo, CHUNK=16, MISMATCH_LIMIT=math.inf):
         args, batch, (model, optimizer) = flags(), make_batch(size), learner(grpo)

@@ -200,7 +200,7 @@ def make_batch(size):
         batch[-1].logprobs = [p + rng.uniform(-1.2, 1.2) for p in logprobs]
     return batch
 
-def measure(size, lr=1e-5, rounds=sdpo.ROUND, recompute=False):
+def measure(size, lr=1e-6, rounds=sdpo.ROUND, recompute=False):
     """What an update makes of a batch: metrics, this rank's gradient of the last mini-batch."""
     with mock.patch.multiple(sdpo, ROUND=rounds, CHUNK=16, MISMATCH_LIMIT=math.inf):
         args, batch, (model, optimizer) = flags(), make_batch(size), learner(sdpo)
@@ -272,7 +272,7 @@ def assert_same_on_two_ranks(one, two):
     (40, sdpo.ROUND), (20, 2),  # micro-batches summed in one round, or in several
     (2, 2)])  # of the two one has a teacher: rank 1 has a filler
 def test_two_ranks_give_the_gradient_of_one(tmp_path, alone, size, rounds):
-    one, two = measure(size), on_ranks(2, tmp_path, measure, size, 1e-5, rounds)
+    one, two = measure(size), on_ranks(2, tmp_path, measure, size, 1e-6, rounds)
     assert_same_on_two_ranks(one, two)
     assert size == 2 or two[0]["micros"] > 2  # several rounds
     assert all(map(torch.equal, two[0]["weights"], two[1]["weights"]))
