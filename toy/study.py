@@ -41,8 +41,7 @@ REMEDIES = {  # rate, that of what it is nearer to, SDPO or GRPO; the default st
     "demopsd": (LR, (0.15, 0.05, 0.45)), "srpo": (LR / 2, (1, 0.3, 3)),
     "antisd": (LR / 2, (0.5, 0.2, 1)), "rlrt": (LR / 2, (0.5, 0.2, 1)),
     "mixture": (LR / 2, (0.9, 0.5, 0.99)), "shield": (LR, (1, 0.5, 0.9)),
-    "shield_kl": (LR, (0.2, 0.1, 0.4)), "entropy_gate": (LR, (0.5, 0.25, 1)),
-    "rlcsd": (LR / 2, (0.5, 0.2, 1)), "dasd": (LR / 2, (0.5, 0.2, 1)),
+    "rlcsd": (LR / 2, (0.5, 0.2, 1)),
 }
 
 
@@ -55,9 +54,12 @@ OPSD = f"opsd.py {TRAIN} --lr {LR} --loss_tokens 32 --save_every 5"
 # Sec. 6: no place in the list that is mostly right. `gentle` keeps SDPO off the floor of guessing,
 # where the order of |D| would be lost; five times as many questions tell it.
 SIZES = (1, 8, 64, 128, 512, 1200)
-COVERAGE = ("--steps 80 --save_every 10 --data toy/data/coverage.jsonl "
-            "--eval_data toy/data/coverage_test.jsonl {}/ood.jsonl --num_questions {}")
+DOMAIN = ("--steps {steps} --save_every 10 --data toy/data/{name}.jsonl "
+          "--eval_data toy/data/{name}_test.jsonl {data}/ood.jsonl")
+COVERAGE = DOMAIN.format(steps=4 * STEPS, name="coverage", data="{}") + " --num_questions {}"
 GENTLE = "--demonstration without_think --save_every 80"
+# Figure 1a: questions that one way of answering serves; beside them, one for each family
+DOMAINS = {"narrow": STEPS, "habits": 6 * STEPS}  # steps
 
 
 GROUPS = "study", "coverage", "controls", "opsd", "remedies"
@@ -89,6 +91,10 @@ def runs(group, out):
     if group == "coverage":
         chosen = {f"{method}_{d}": [f"{command} {COVERAGE.format('toy/data', d)}"]
                   for d in SIZES for method, command in (("grpo", GRPO), ("sdpo", SDPO))}
+        chosen |= {f"{method}_{name}": [
+            f"{command} {DOMAIN.format(steps=steps, name=name, data='toy/data')}"]
+            for name, steps in DOMAINS.items()
+            for method, command in (("grpo", GRPO), ("sdpo", SDPO))}
         return chosen | {f"sdpo_gentle_{d}": [
             f"toy/problems.py --train 0 --eval 1000 --seed 1 --out {out}/data_{d}",
             f"{SDPO} {COVERAGE.format(f'{out}/data_{d}', d)} {GENTLE}"] for d in (8, 512)}
