@@ -185,10 +185,31 @@ def numbers(folders):
                   for benchmark, rows in benchmarks.items()} for arm, benchmarks in seen.items()}
 
 
+def curves(folders):
+    """{arm: {benchmark: {step: as in numbers()}}} of the ended runs evaluated on their way."""
+    seen = collections.defaultdict(list)
+    for folder in folders:
+        for ended in sorted(folder.glob("*/ended")):
+            steps = sorted(ended.parent.glob("eval/step_*.json"), key=lambda p: int(p.stem[5:]))
+            for file in steps if len(steps) > 2 else ():
+                for benchmark, row in json.loads(file.read_text()).items():
+                    seen[ended.parent.name, benchmark, file.stem[5:]].append(row)
+    found = collections.defaultdict(lambda: collections.defaultdict(dict))
+    for (arm, benchmark, step), rows in seen.items():
+        found[arm][benchmark][step] = {q: spread([row[q] for row in rows])
+                                       for q in ("score", "length", "epistemic")}
+    return found
+
+
 def number(quantity, value):
     """.292 for a score, 66 tokens, 3.3 markers."""
     form = dict(score=".3f", length=".0f", epistemic=".1f")[quantity]
     return f"{value:{form}}".removeprefix("0" if quantity == "score" else "")
+
+
+def cell(quantity, values):
+    """.292 ± .015, of what spread() made."""
+    return " ± ".join(number(quantity, value) for value in values[:2] if value is not None)
 
 
 def table(found, arms, benchmarks=("in", "ood")):
@@ -200,9 +221,24 @@ def table(found, arms, benchmarks=("in", "ood")):
         if arm in found:
             cells = []
             for b, q in columns:
-                mean, sd, _ = found[arm].get(b, {}).get(q, (None, None, 0))
-                cells.append(" ± ".join(number(q, n) for n in (mean, sd) if n is not None))
+                cells.append(cell(q, found[arm].get(b, {}).get(q, ())))
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def table_of_domains(found):
+    """Rows of Markdown: fresh questions of the same kind, and ood, by how many ways they need."""
+    columns = [(method, benchmark, q) for method in ("grpo", "sdpo")
+               for benchmark, q in (("fresh", "score"), ("fresh", "length"), ("ood", "score"))]
+    names = [f"{method.upper()} {benchmark} {q}" for method, benchmark, q in columns]
+    lines = ["| questions, step | " + " | ".join(names) + " |", "|---" * (len(columns) + 1) + "|"]
+    for domain, (arm, test, steps) in DOMAIN_ROWS.items():
+        for step in steps if f"sdpo_{arm}" in found else ():
+            cells = []
+            for method, benchmark, q in columns:
+                rows = found[f"{method}_{arm}"][test if benchmark == "fresh" else benchmark]
+                cells.append(cell(q, rows[str(step)][q]))
+            lines.append(f"| {domain}, {step} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -247,6 +283,11 @@ def token_kl(folders, frequent=25):
     return rows | {f"mean of {len(means)} tokens": [round(mean, 4), "", 1.0]}
 
 
+DOMAIN_ROWS = {  # name: arms, benchmark, steps
+    "one way (`narrow`)": ("narrow", "narrow_test", (0, 10, 20)),
+    "eight ways (`habits`)": ("habits", "habits_test", (0, 20, 40, 80, 120)),
+    "a search (`coverage`)": ("512", "coverage_test", (0, 10, 20, 40)),
+}
 TABLES = {  # of toy/README.md, from results/toy/numbers.json
     "controls": {
         "base": "base", "base, markers forbidden in sampling": "control_banned", "SDPO": "sdpo",
@@ -288,7 +329,8 @@ def tables(found):
     kl = ["| token | mean KL | count | ratio |\n|---|---|---|---|", *(
         f"| `{text}` | {kl:.3f} | {n} | {ratio:.1f} |"
         for text, (kl, n, ratio) in sorted(found["token_kl"].items(), key=lambda row: -row[1][0]))]
-    return texts | {"errors": table_of_errors(found["errors"], TABLES["controls"]),
+    return texts | {"domains": table_of_domains(found["curves"]),
+                    "errors": table_of_errors(found["errors"], TABLES["controls"]),
                     "kl": "\n".join(kl)}
 
 
@@ -319,8 +361,8 @@ def main():
     subprocess.run([sys.executable, "toy/controls.py", "errors", *folders], cwd=ROOT, check=True)
     subprocess.run([sys.executable, "report.py", *folders], cwd=ROOT)
     folders = [Path(folder) for folder in folders]
-    found = dict(commits=commits(folders), arms=numbers(folders), errors=errors(folders),
-                 token_kl=token_kl(folders))
+    found = dict(commits=commits(folders), arms=numbers(folders), curves=curves(folders),
+                 errors=errors(folders), token_kl=token_kl(folders))
     (Path(args.out) / "numbers.json").write_text(json.dumps(found, indent=1) + "\n")
     print("\n\n".join(f"{name}\n{text}" for name, text in tables(found).items()))
     sys.exit("\n".join(failed) if failed else 0)
