@@ -25,8 +25,9 @@ sys.path.append(str(ROOT))
 
 import epistemic
 
-# A run, two at a time on the two cores of benchmarks/README.md: mean of 33; of coverage's, of 22
-MINUTES, COVERAGE_MINUTES = 2.8, 6.3
+# A run of 20 steps, two at a time on the two cores of benchmarks/README.md, mean of 33; and a step
+# more, by the 6.3 minutes of coverage's 80, mean of 22
+MINUTES, MINUTES_A_STEP = 2.8, 0.058
 STEPS, LR = 20, 1e-4  # of SDPO; GRPO takes half that rate
 BASE = "--max_response_tokens 320 --model toy/model"
 TRAIN = (f"{BASE} --num_questions 512 --questions_per_step 12 --minibatch_questions 12 "
@@ -286,7 +287,7 @@ def token_kl(folders, frequent=25):
 DOMAIN_ROWS = {  # name: arms, benchmark, steps
     "one way (`narrow`)": ("narrow", "narrow_test", (0, 10, 20)),
     "eight ways (`habits`)": ("habits", "habits_test", (0, 20, 40, 80, 120)),
-    "a search (`coverage`)": ("512", "coverage_test", (0, 10, 20, 40)),
+    "a search (`coverage`)": ("512", "coverage_test", (0, 20, 40)),
 }
 TABLES = {  # of toy/README.md, from results/toy/numbers.json
     "controls": {
@@ -347,8 +348,9 @@ def main():
     left = [(name, commands, out, seed) for name, commands, out, seed in todo
             if not (out / name / "ended").exists()
             or (out / name / "ended").read_text() != "\n".join(commands)]
-    minutes = sum(COVERAGE_MINUTES if "/coverage.jsonl" in commands[-1] else MINUTES
-                  for _, commands, *_ in left)
+    steps = [int(re.findall(r"--steps (\d+)", f"--steps {STEPS} {commands[-1]}")[-1])
+             for _, commands, *_ in left]
+    minutes = sum(MINUTES + MINUTES_A_STEP * (n - STEPS) for n in steps)
     print(f"{len(todo)} runs, {len(left)} of them left: about {minutes / args.jobs / 60:.1f} hours "
           f"with {args.jobs} at a time", flush=True)
     for *_, out, _ in todo:
