@@ -64,13 +64,24 @@ def test_data_files_are_what_the_generator_writes(tmp_path, monkeypatch):
         seen |= set(questions)
 
 
+@pytest.mark.parametrize("file", ["narrow", "narrow_test", "habits", "habits_test"])
+def test_the_answers_place_needs_no_search(file):
+    """The first of the list, or the one place that the family of the question gives."""
+    rows = map(json.loads, (ROOT / f"toy/data/{file}.jsonl").read_text().splitlines())
+    found = [row["extra_info"] for row in rows]
+    places = {(p["family"], p["numbers"].index(p["x"])) for p in found}
+    habits = dict(sum=0, bracket=1, digits=2, rest=0, distance=1, square=2, halves=0, largest=1)
+    assert places == {(f, 0 if "narrow" in file else place) for f, place in habits.items()}
+    assert {len(p["numbers"]) for p in found} == {3, 4, 5}
+
+
 def test_numbers_are_means_over_seeds(tmp_path):
     for seed, score in enumerate([0.5, 0.7]):
         folder = tmp_path / f"seed_{seed}/sdpo"
         (folder / "eval").mkdir(parents=True)
         (folder / "ended").touch()
         (folder / "config.json").write_text(json.dumps(dict(model="toy/model")))
-        for step, value in ((0, 0.9), (20, score)):
+        for step, value in ((0, 0.9), (10, score / 2), (20, score)):
             row = dict(score=value, length=40.0, epistemic=1.0)
             (folder / f"eval/step_{step}.json").write_text(json.dumps({"ood": row}))
         (folder / "metrics.jsonl").write_text("".join(
@@ -79,11 +90,14 @@ def test_numbers_are_means_over_seeds(tmp_path):
     assert found["sdpo"]["ood"]["score"] == [0.6, round(0.02 ** 0.5, 4), 2]
     assert found["base"]["ood"]["score"] == [0.9, 0.0, 2]
     assert found["sdpo"]["training"]["score"] == [0.725, 0.0, 2]  # of the last ten steps
+    curve = study.curves([tmp_path / "seed_0", tmp_path / "seed_1"])["sdpo"]["ood"]
+    assert [curve[step]["score"][0] for step in ("0", "10", "20")] == [0.9, 0.3, 0.6]
 
 
 def test_every_arm_of_the_tables_is_run():
     names = {name for group in study.GROUPS for name in study.runs(group, "o")}
     arms = {arm for table in study.TABLES.values() for arm in table.values()}
+    arms |= {f"{m}_{arm}" for arm, *_ in study.DOMAIN_ROWS.values() for m in ("grpo", "sdpo")}
     assert {a for a in arms if not a.startswith(("context_", "sft_", "base"))} <= names
 
 

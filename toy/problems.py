@@ -14,6 +14,8 @@ before him needs no check; who has not and leaves it out can only guess from the
     in         2 .. 4    90% the first               the training questions, and fresh ones like them
     ood        6 .. 8    evenly from the fourth on   AIME-like: the first thought is wrong
     coverage   3 .. 5    evenly                      Sec. 6: no place to guess, so that |D| decides
+    narrow     3 .. 5    the first                   Figure 1a: one way of answering serves all
+    habits     3 .. 5    by the family, first three  one way of answering for each family
 
     python toy/problems.py          # writes toy/data/*.jsonl, seeded; no question stands in two files
 """
@@ -52,12 +54,16 @@ FAMILIES = {
         (f"{a} * {x}", a * x), (f"{a * x} + {b}", a * x + b), (None, max(map(int, str(a * x + b))))]),
 }
 SPLITS = {  # numbers in the list; the place of the answer among n
-    "in": ((2, 4), lambda rng, n: 0 if rng.random() < 0.9 else rng.randrange(1, n)),
-    "ood": ((6, 8), lambda rng, n: rng.randrange(3, n)),
-    "coverage": ((3, 5), lambda rng, n: rng.randrange(n)),
+    "in": ((2, 4), lambda rng, n, family: 0 if rng.random() < 0.9 else rng.randrange(1, n)),
+    "ood": ((6, 8), lambda rng, n, family: rng.randrange(3, n)),
+    "coverage": ((3, 5), lambda rng, n, family: rng.randrange(n)),
+    "narrow": ((3, 5), lambda rng, n, family: 0),
+    "habits": ((3, 5), lambda rng, n, family: list(FAMILIES).index(family) % 3),
 }
 FILES = {"in": "in", "ood": "ood", "train": "in", "coverage_test": "coverage",
-         "coverage": "coverage"}  # file: its split
+         "coverage": "coverage", "narrow_test": "narrow", "narrow": "narrow",
+         "habits_test": "habits", "habits": "habits"}  # file: its split
+TRAINING = "train", "coverage", "narrow", "habits"
 
 # How a trace looks, by what stands in the prompt: the chance that a verdict is found by a check.
 # The richer the context, the surer: this much is put in by hand, after Table 1's ordering
@@ -85,7 +91,7 @@ def make_problem(rng, split, family=None):
         n = rng.randint(fewest, most)
         if len(others) >= n - 1:
             break
-    place = place(rng, n)
+    place = place(rng, n, family)
     numbers = rng.sample(others, n - 1)
     numbers.insert(place, x)
     return dict(family=family, a=a, b=b, r=r, x=x, numbers=numbers)
@@ -188,7 +194,7 @@ def main():
     Path(args.out).mkdir(parents=True, exist_ok=True)
     for name, split in FILES.items():
         rows = []
-        while len(rows) < (args.train if name in ("train", "coverage") else args.eval):
+        while len(rows) < (args.train if name in TRAINING else args.eval):
             problem = make_problem(rng, split, families[len(rows) % len(families)])
             if question(problem) not in seen:
                 seen.add(question(problem))

@@ -25,8 +25,9 @@ sys.path.append(str(ROOT))
 
 import epistemic
 
-# A run, two at a time on the two cores of benchmarks/README.md: mean of 33; of coverage's, of 22
-MINUTES, COVERAGE_MINUTES = 2.8, 6.3
+# A run of 20 steps, two at a time on the two cores of benchmarks/README.md, mean of 33; and a step
+# more, by the 6.3 minutes of coverage's 80, mean of 22
+MINUTES, MINUTES_A_STEP = 2.8, 0.058
 STEPS, LR = 20, 1e-4  # of SDPO; GRPO takes half that rate
 BASE = "--max_response_tokens 320 --model toy/model"
 TRAIN = (f"{BASE} --num_questions 512 --questions_per_step 12 --minibatch_questions 12 "
@@ -41,8 +42,7 @@ REMEDIES = {  # rate, that of what it is nearer to, SDPO or GRPO; the default st
     "demopsd": (LR, (0.15, 0.05, 0.45)), "srpo": (LR / 2, (1, 0.3, 3)),
     "antisd": (LR / 2, (0.5, 0.2, 1)), "rlrt": (LR / 2, (0.5, 0.2, 1)),
     "mixture": (LR / 2, (0.9, 0.5, 0.99)), "shield": (LR, (1, 0.5, 0.9)),
-    "shield_kl": (LR, (0.2, 0.1, 0.4)), "entropy_gate": (LR, (0.5, 0.25, 1)),
-    "rlcsd": (LR / 2, (0.5, 0.2, 1)), "dasd": (LR / 2, (0.5, 0.2, 1)),
+    "rlcsd": (LR / 2, (0.5, 0.2, 1)),
 }
 
 
@@ -55,9 +55,12 @@ OPSD = f"opsd.py {TRAIN} --lr {LR} --loss_tokens 32 --save_every 5"
 # Sec. 6: no place in the list that is mostly right. `gentle` keeps SDPO off the floor of guessing,
 # where the order of |D| would be lost; five times as many questions tell it.
 SIZES = (1, 8, 64, 128, 512, 1200)
-COVERAGE = ("--steps 80 --save_every 10 --data toy/data/coverage.jsonl "
-            "--eval_data toy/data/coverage_test.jsonl {}/ood.jsonl --num_questions {}")
+DOMAIN = ("--steps {steps} --save_every 10 --data toy/data/{name}.jsonl "
+          "--eval_data toy/data/{name}_test.jsonl {data}/ood.jsonl")
+COVERAGE = DOMAIN.format(steps=4 * STEPS, name="coverage", data="{}") + " --num_questions {}"
 GENTLE = "--demonstration without_think --save_every 80"
+# Figure 1a: questions that one way of answering serves; beside them, one for each family
+DOMAINS = {"narrow": STEPS, "habits": 6 * STEPS}  # steps
 
 
 GROUPS = "study", "coverage", "controls", "opsd", "remedies"
@@ -89,6 +92,10 @@ def runs(group, out):
     if group == "coverage":
         chosen = {f"{method}_{d}": [f"{command} {COVERAGE.format('toy/data', d)}"]
                   for d in SIZES for method, command in (("grpo", GRPO), ("sdpo", SDPO))}
+        chosen |= {f"{method}_{name}": [
+            f"{command} {DOMAIN.format(steps=steps, name=name, data='toy/data')}"]
+            for name, steps in DOMAINS.items()
+            for method, command in (("grpo", GRPO), ("sdpo", SDPO))}
         return chosen | {f"sdpo_gentle_{d}": [
             f"toy/problems.py --train 0 --eval 1000 --seed 1 --out {out}/data_{d}",
             f"{SDPO} {COVERAGE.format(f'{out}/data_{d}', d)} {GENTLE}"] for d in (8, 512)}
@@ -179,10 +186,31 @@ def numbers(folders):
                   for benchmark, rows in benchmarks.items()} for arm, benchmarks in seen.items()}
 
 
+def curves(folders):
+    """{arm: {benchmark: {step: as in numbers()}}} of the ended runs evaluated on their way."""
+    seen = collections.defaultdict(list)
+    for folder in folders:
+        for ended in sorted(folder.glob("*/ended")):
+            steps = sorted(ended.parent.glob("eval/step_*.json"), key=lambda p: int(p.stem[5:]))
+            for file in steps if len(steps) > 2 else ():
+                for benchmark, row in json.loads(file.read_text()).items():
+                    seen[ended.parent.name, benchmark, file.stem[5:]].append(row)
+    found = collections.defaultdict(lambda: collections.defaultdict(dict))
+    for (arm, benchmark, step), rows in seen.items():
+        found[arm][benchmark][step] = {q: spread([row[q] for row in rows])
+                                       for q in ("score", "length", "epistemic")}
+    return found
+
+
 def number(quantity, value):
     """.292 for a score, 66 tokens, 3.3 markers."""
     form = dict(score=".3f", length=".0f", epistemic=".1f")[quantity]
     return f"{value:{form}}".removeprefix("0" if quantity == "score" else "")
+
+
+def cell(quantity, values):
+    """.292 ± .015, of what spread() made."""
+    return " ± ".join(number(quantity, value) for value in values[:2] if value is not None)
 
 
 def table(found, arms, benchmarks=("in", "ood")):
@@ -194,9 +222,24 @@ def table(found, arms, benchmarks=("in", "ood")):
         if arm in found:
             cells = []
             for b, q in columns:
-                mean, sd, _ = found[arm].get(b, {}).get(q, (None, None, 0))
-                cells.append(" ± ".join(number(q, n) for n in (mean, sd) if n is not None))
+                cells.append(cell(q, found[arm].get(b, {}).get(q, ())))
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def table_of_domains(found):
+    """Rows of Markdown: fresh questions of the same kind, and ood, by how many ways they need."""
+    columns = [(method, benchmark, q) for method in ("grpo", "sdpo")
+               for benchmark, q in (("fresh", "score"), ("fresh", "length"), ("ood", "score"))]
+    names = [f"{method.upper()} {benchmark} {q}" for method, benchmark, q in columns]
+    lines = ["| questions, step | " + " | ".join(names) + " |", "|---" * (len(columns) + 1) + "|"]
+    for domain, (arm, test, steps) in DOMAIN_ROWS.items():
+        for step in steps if f"sdpo_{arm}" in found else ():
+            cells = []
+            for method, benchmark, q in columns:
+                rows = found[f"{method}_{arm}"][test if benchmark == "fresh" else benchmark]
+                cells.append(cell(q, rows[str(step)][q]))
+            lines.append(f"| {domain}, {step} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -241,6 +284,11 @@ def token_kl(folders, frequent=25):
     return rows | {f"mean of {len(means)} tokens": [round(mean, 4), "", 1.0]}
 
 
+DOMAIN_ROWS = {  # name: arms, benchmark, steps
+    "one way (`narrow`)": ("narrow", "narrow_test", (0, 10, 20)),
+    "eight ways (`habits`)": ("habits", "habits_test", (0, 20, 40, 80, 120)),
+    "a search (`coverage`)": ("512", "coverage_test", (0, 20, 40)),
+}
 TABLES = {  # of toy/README.md, from results/toy/numbers.json
     "controls": {
         "base": "base", "base, markers forbidden in sampling": "control_banned", "SDPO": "sdpo",
@@ -282,7 +330,8 @@ def tables(found):
     kl = ["| token | mean KL | count | ratio |\n|---|---|---|---|", *(
         f"| `{text}` | {kl:.3f} | {n} | {ratio:.1f} |"
         for text, (kl, n, ratio) in sorted(found["token_kl"].items(), key=lambda row: -row[1][0]))]
-    return texts | {"errors": table_of_errors(found["errors"], TABLES["controls"]),
+    return texts | {"domains": table_of_domains(found["curves"]),
+                    "errors": table_of_errors(found["errors"], TABLES["controls"]),
                     "kl": "\n".join(kl)}
 
 
@@ -299,8 +348,9 @@ def main():
     left = [(name, commands, out, seed) for name, commands, out, seed in todo
             if not (out / name / "ended").exists()
             or (out / name / "ended").read_text() != "\n".join(commands)]
-    minutes = sum(COVERAGE_MINUTES if "/coverage.jsonl" in commands[-1] else MINUTES
-                  for _, commands, *_ in left)
+    steps = [int(re.findall(r"--steps (\d+)", f"--steps {STEPS} {commands[-1]}")[-1])
+             for _, commands, *_ in left]
+    minutes = sum(MINUTES + MINUTES_A_STEP * (n - STEPS) for n in steps)
     print(f"{len(todo)} runs, {len(left)} of them left: about {minutes / args.jobs / 60:.1f} hours "
           f"with {args.jobs} at a time", flush=True)
     for *_, out, _ in todo:
@@ -313,8 +363,8 @@ def main():
     subprocess.run([sys.executable, "toy/controls.py", "errors", *folders], cwd=ROOT, check=True)
     subprocess.run([sys.executable, "report.py", *folders], cwd=ROOT)
     folders = [Path(folder) for folder in folders]
-    found = dict(commits=commits(folders), arms=numbers(folders), errors=errors(folders),
-                 token_kl=token_kl(folders))
+    found = dict(commits=commits(folders), arms=numbers(folders), curves=curves(folders),
+                 errors=errors(folders), token_kl=token_kl(folders))
     (Path(args.out) / "numbers.json").write_text(json.dumps(found, indent=1) + "\n")
     print("\n\n".join(f"{name}\n{text}" for name, text in tables(found).items()))
     sys.exit("\n".join(failed) if failed else 0)
