@@ -3,10 +3,11 @@
     python -m extras.report runs            # every run below this folder, finished or not
 
 A run is what its config.json says, never what its folder is called. After the reading comes a
-function for each figure or table, in the paper's order. Its docstring is its title and its sentence
-on the page; of the runs it makes {caption: figure, table or HTML}.
+function for each figure or table, in the paper's order: its docstring is its title and its sentence
+on the page; of the runs of a setting s it makes {caption: figure, table or HTML}.
 """
-import argparse, functools, html, json, math, re, statistics, textwrap
+import argparse, functools, html, json, math, os, re, statistics, textwrap
+from collections import namedtuple
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,14 +19,16 @@ import epistemic
 QUANTITIES = {"score": ("score", "correct", 3), "length": ("tokens an answer", "tokens", 0),
               "epistemic": ("markers an answer", "epistemic", 1)}  # name, in an answer, digits
 CONTEXTS = ["unguided", "without_think", "regenerated", "full", "uncertain"]
-DOMAINS = {"narrow": "Narrow domain: one manner\nof answering serves all",
+DOMAINS = {"narrow": "Narrow domain: one way of\nanswering serves all",
            "chem": "Narrow domain: chemistry",
-           "habits": "Eight manners of answering,\none for each kind of question",
+           "habits": "Eight ways of answering, one\nfor each kind of question",
            "": "Diverse domain: each question\nneeds its own search"}  # by how the data's name begins
 USUAL = {"demonstration": "full", "ema": 0.0, "top_k": 100, "control": None}  # as in sdpo.py
-NO_PART = """model enable_thinking script remedy run_dir out seed id commit versions world_size
+SAME = """questions_per_step minibatch_questions rollouts temperature max_prompt_tokens
+    max_response_tokens warmup_steps""".split()  # flags that all runs of a setting share
+NO_PART = """model data enable_thinking script remedy run_dir out seed id commit versions world_size
     wandb steps save_every files eval_data tokens_per_micro_batch recompute_layers adamw_device
-    gpu_memory_utilization""".split()  # flags that do not tell two runs of a setting apart
+    gpu_memory_utilization""".split()  # flags that tell no runs apart
 
 # --- reading -------------------------------------------------------------------------------------
 
@@ -42,8 +45,8 @@ def read(path, use=dict):
             raise ValueError(f"{path}, row {number}: {error!r}") from None
     return found
 
-def numbers(means):
-    return {quantity: means[quantity] + 0.0 for quantity in QUANTITIES}
+def numbers(table):
+    return {name: {q: means[q] + 0.0 for q in QUANTITIES} for name, means in table.items()}
 
 @functools.lru_cache(maxsize=8)
 def read_answers(path, benchmark):
@@ -55,11 +58,11 @@ def read_answers(path, benchmark):
 class Run:
     """What a config.json describes, with all its seeds."""
     method: str  # GRPO, SDPO, OPSD, "SFT on d_ug", a remedy, a context, or Base: before training
-    setting: str  # the model, and what it was trained on
-    flags: dict  # those that tell runs apart
+    setting: tuple  # (model, training data or "", the flags of SAME in words)
+    flags: dict  # those that tell the runs of a setting apart
     results: dict = field(default_factory=dict)  # {(benchmark, step): {seed: {quantity: mean}}}
-    label: str = ""  # the method, and the flags that are not as usual: differs
-    differs: list = field(default_factory=list)
+    label: str = ""  # the method, and those flags that are not as usual: `differs`
+    differs: set = frozenset()
 
     def steps(self, benchmark):
         """Those that all seeds have."""
@@ -74,18 +77,17 @@ class Run:
 
     def answers(self, benchmark, step=None):
         """Of all seeds, one after the other; [] if they were not kept."""
-        files = [means["file"] for means in self.means(benchmark, step) if "file" in means]
-        return [row for path, name in files for row in read_answers(path, name)]
+        return [row for m in self.means(benchmark, step) for row in read_answers(*m["file"])]
 
     @functools.cache
     def value(self, quantity, benchmark, step=None):
-        """(mean, its largest standard error, over what), for which see the page's head."""
+        """(mean, the largest of its standard errors, over what), for which see the page's head."""
         means, by_question = self.means(benchmark, step), {}
         for answer in self.answers(benchmark, step):  # those to one question are not independent
             by_question.setdefault(answer["index"], []).append(answer[QUANTITIES[quantity][1]])
         errors = [(standard_error([m[quantity] for m in means]), "s"),
                   (standard_error([*map(statistics.fmean, by_question.values())]), "q"),
-                  *((m["errors"][quantity], "t") for m in means if "errors" in m)]
+                  *((standard_error(m["five"][quantity]), "t") for m in means if "five" in m)]
         return statistics.fmean(m[quantity] for m in means), *max(errors)
 
     def text(self, quantity, benchmark, step=None):
@@ -97,133 +99,98 @@ def standard_error(values):
     return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else -math.inf
 
 def describe(config):
-    """(method, model, flags, seed); of evaluate.py's models the first that is no checkpoint."""
-    model, data = config["model"], Path(str(config.get("data"))).stem
+    """(method, setting, flags, seed); of evaluate.py's models the first that is no checkpoint."""
+    model, data = config["model"], Path(str(config.get("data", ""))).stem
     model = model if isinstance(model, str) else min(model, key=lambda m: "/checkpoints/" in m)
     model = "/".join(Path(model).parts[-2:]) + ", thinking off" * (not config["enable_thinking"])
     script = Path(config.get("script", "")).stem
     method = {"sft_distill": f"SFT on {data}", "controls": "SDPO"}.get(script, script.upper())
-    flags = {flag: value for flag, value in config.items() if flag not in NO_PART}
-    flags = {"control": None} | flags | {"data": data}
-    return config.get("remedy", method), model, flags, config["seed"]
+    same = ", ".join(f"{flag} {config[flag]}" for flag in SAME if flag in config).replace("_", " ")
+    flags = {flag: value for flag, value in config.items() if flag not in [*SAME, *NO_PART]}
+    flags = {"control": None} | flags
+    return config.get("remedy", method), (model, data, same), flags, config["seed"]
 
 def training_results(path):
-    """(benchmark, step, means) each; "training": of five steps, since one is too noisy."""
-    rows = read(path / "metrics.jsonl", lambda row: "score" in row and (row["step"], numbers(row)))
-    rows = [row for row in rows if row]  # SFT has no score
+    """(benchmark, step, means, answers) each; "training": of five steps, since one is too noisy."""
+    rows = read(path / "metrics.jsonl",  # SFT's have no score
+                lambda row: numbers({row["step"]: row} if "score" in row else {}))
+    rows = [item for row in rows for item in row.items()]
     for i, (step, _) in enumerate(rows):
         five = {q: [row[q] for _, row in rows[max(i - 4, 0):i + 1]] for q in QUANTITIES}
-        errors = {q: standard_error(values) for q, values in five.items()}
-        yield "training", step, {q: statistics.fmean(five[q]) for q in five} | {"errors": errors}
+        means = {q: statistics.fmean(values) for q, values in five.items()}
+        yield "training", step, means | {"five": five}, path / "none"
     for file in path.glob("eval/step_*.json"):
-        (table,) = read(file, lambda found: {b: numbers(means) for b, means in found.items()})
-        for benchmark, means in table.items():
-            means["file"] = file.with_suffix(".jsonl"), benchmark
-            yield benchmark, int(file.stem[5:]), means
-
-def tables(summary):
-    """{model or context: {benchmark: means}}; the benchmark of a context is ""."""
-    found = summary.get("models") or {c: {"": m} for c, m in summary["contexts"].items()}
-    return {name: {b: numbers(m) for b, m in table.items()} for name, table in found.items()}
-
-def evaluated(file, method):
-    """(method, flags, step) of one of evaluate.py's results, if of a checkpoint by its run."""
-    for result in read(file):
-        run, _, step = result["model"].partition("/checkpoints/step_")
-        for method, _, flags, _ in read(Path(run, "config.json"), describe) if step else []:
-            return method, flags, int(step)
-    return method, {}, 0
+        for benchmark, means in read(file, numbers)[0].items():
+            yield benchmark, int(file.stem[5:]), means, file.with_suffix(".jsonl")
 
 def load_runs(folder):
     """Every run below the folder, GRPO and SDPO first. ValueError names a broken file and row."""
     runs = {}
 
-    def add(seed, benchmark, step, means, *who):
+    def add(seed, benchmark, step, means, answers, *who):
         run = runs.setdefault(json.dumps(who, sort_keys=True), Run(*who))
+        means["file"] = answers, benchmark or answers.stem
         run.results.setdefault((benchmark, step), {}).setdefault(seed, means)
 
     for file in sorted(Path(folder).rglob("config.json")):
-        path, summary = file.parent, read(file.parent / "summary.json", tables)
-        if "checkpoints" in file.parts or not (summary or (path / "metrics.jsonl").exists()):
+        path, summary = file.parent, file.parent / "summary.json"
+        if "checkpoints" in file.parts or not {summary.name, "metrics.jsonl"} & {*os.listdir(path)}:
             continue
-        ((method, model, flags, seed),) = read(file, describe)
-        for benchmark, step, means in training_results(path):
-            setting = f"{model}, trained on {flags['data']}"
-            add(seed, benchmark, step, means, method, setting, flags)
-            if step == 0:
-                add(seed, benchmark, step, means, "Base", setting, {})
-        for name, benchmark in [(n, b) for found in summary for n in found for b in found[n]]:
-            file, means = path / name / benchmark, summary[0][name][benchmark]
-            means["file"] = Path(f"{file}.jsonl"), file.name
-            who = name if benchmark == "" or "step_" in name else "Base"
-            who, own, step = evaluated(Path(f"{file}.json"), who)
-            add(seed, benchmark, step, means, who, model, own)
+        ((method, setting, flags, seed),) = read(file, describe)
+        for result in training_results(path):
+            add(seed, *result, method, setting, flags)
+            if result[1] == 0:
+                add(seed, *result, "Base", setting, {})
+        setting = setting[0], "", ""
+        for contexts in read(summary, lambda found: numbers(found.get("contexts", {}))):
+            for name, means in contexts.items():
+                add(seed, "", 0, means, path / f"{name}.jsonl", name, setting, {})
+        for file in [path / name / f"{benchmark}.json" for found in read(summary)
+                     for name, table in found.get("models", {}).items() for benchmark in table]:
+            for place, means in read(file, lambda r: (Path(r["model"]), numbers({"": r["row"]})[""])):
+                training = read(place.parent.parent / "config.json", describe)  # of a checkpoint
+                method, on, flags, _ = training[0] if training else ("Base", (), {}, 0)
+                step = int(place.name.removeprefix("step_")) if training else 0
+                add(seed, file.stem, step, means, file.with_suffix(".jsonl"), method, setting,
+                    flags | {"data": ", ".join(on[1:])})
     return name_runs([*runs.values()])
 
 def name_runs(runs):
-    """Sorts them and sets `differs` and `label`: the method, and what differs from the main run."""
-    words = {"num_questions": "{} questions", "ema": "EMA teacher {}", "strength": "{}"}
+    """Sorts them and sets `differs` and `label`: the method, and what is not as usual."""
+    words = {"num_questions": "{} questions", "demonstration": "c {}", "strength": "{}"}
     for run in runs:
         alike = [r.flags for r in runs if (r.method, r.setting) == (run.method, run.setting)]
-        main = max(alike, key=lambda flags: (  # most runs differ from it in one flag only
-            sum(sum(flags[f] != other.get(f) for f in flags) < 2 for other in alike),
-            flags.get("num_questions") or math.inf, -flags.get("lr", 0)))
-        run.differs = [f for f, value in run.flags.items() if value != USUAL.get(f, main.get(f))]
+        alike.sort(key=lambda f: (-(f.get("num_questions") or math.inf), f.get("lr", 0)))
+        usual = {flag: statistics.mode(flags.get(flag) for flags in alike) for flag in run.flags}
+        run.differs = {f for f, v in run.flags.items() if v != USUAL.get(f, usual[f])}
         run.label = ", ".join([run.method, *(words.get(f, f + " {}").format(run.flags[f])
-                                             for f in run.differs)]).replace("_", " ")
+                                             for f in sorted(run.differs))]).replace("_", " ")
     order = ["Base", "GRPO", "SDPO", *CONTEXTS, *sorted(run.method for run in runs)]
     return sorted(runs, key=lambda run: (order.index(run.method), len(run.differs), run.label))
 
-# --- which runs stand beside each other ----------------------------------------------------------
+# arms: its runs, {label: run}; fresh: the benchmark of new questions like those of the training,
+# else "training"; other: that of other questions; domain: of DOMAINS, None without a training
+Setting = namedtuple("Setting", "model name arms fresh other benchmarks domain")
 
 def settings(runs):
-    """[the runs of one setting]"""
-    names = dict.fromkeys(run.setting for run in runs)
-    return [[run for run in runs if run.setting == name] for name in sorted(names)]
-
-def benchmarks(arms):
-    """(new questions like those of the training, else "training"; others, or None; all)"""
-    found = list(dict.fromkeys(benchmark for run in arms for benchmark, _ in run.results))
-    like = {run.flags["data"].removesuffix("_train") + "_test" for run in arms if run.flags}
-    fresh = next((b for b in found if b in like | {"in"}), "training")
-    others = [b for b in found if b not in ("", "training", fresh)]
-    return fresh, min(others, key=lambda b: b not in ("ood", "aime24"), default=None), found
-
-def partner(arms, run, method, **changes):
-    """The run of this method with these flags and all others as in `run`; None without it."""
-    for found in arms if run else []:
-        wanted = run.flags | changes
-        own = {"lr"} if method != run.method and "lr" not in found.differs else set()
-        shared = (wanted.keys() & found.flags.keys()) - own
-        if found.method == method and all(found.flags[flag] == wanted[flag] for flag in shared):
-            return found
-    return None
-
-def trio(arms):
-    """(Base, GRPO, SDPO) of a setting, whose other flags are equal; None for a missing one."""
-    base, grpo, sdpo = (next((r for r in arms if r.method == m), None) for m in COLOURS)
-    return base, partner(arms, sdpo, "GRPO") if sdpo else grpo, sdpo
-
-def by_size(arms, method):
-    """[run], few questions first, of those that else have the flags of the main SDPO run."""
-    sizes = {run.flags["num_questions"] for run in arms if "num_questions" in run.flags}
-    found = [partner(arms, trio(arms)[2], method, num_questions=size)
-             for size in sorted(sizes, key=lambda size: size or math.inf)]
-    return [run for run in found if run]
-
-def by_domain(runs):
-    """{model: {domain: runs of a setting}}, where GRPO and SDPO are; better with new questions."""
-    found = {}
-    for arms in sorted(settings(runs), key=lambda arms: benchmarks(arms)[0].endswith("_test")):
-        model, trained, data = arms[0].setting.partition(", trained on ")
-        if trained and None not in trio(arms)[1:]:
-            found.setdefault(model, {})[next(d for d in DOMAINS if data.startswith(d))] = arms
+    """Only runs of one setting stand in one claim."""
+    found = []
+    for model, data, same in sorted({run.setting for run in runs}):
+        arms = {run.label: run for run in runs if run.setting == (model, data, same)}
+        names = list(dict.fromkeys(b for run in arms.values() for b, _ in run.results))
+        like = f"{data.removesuffix('_train')}_test", "in", "training"
+        fresh = next((b for b in like if b in names), None)
+        others = [b for b in names if b not in ("", fresh, "training")]
+        other = min(others, key=lambda b: b not in ("ood", "aime24"), default=None)
+        domain = next(d for d in DOMAINS if data.startswith(d)) if data else None
+        name = f"{model}, trained on {data}; {same}" if data else model
+        found.append(Setting(model, name, arms, fresh, other, names, domain))
     return found
 
 # --- drawing -------------------------------------------------------------------------------------
 
 COLOURS = {"Base": "#777777", "GRPO": "#1f6fb4", "SDPO": "#d9600f"}
-MARKER, WRONG = "#7a3fb0", "#c62828"
+MARKER, WRONG, SHADES = "#7a3fb0", "#c62828", {"GRPO": "Blues", "SDPO": "Oranges"}
 matplotlib.rcParams.update({
     "font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "grid.alpha": 0.25, "axes.titlelocation": "left", "text.parse_math": False,
@@ -250,204 +217,217 @@ def label_ends(axis, ends, size=10):
 def draw_lines(axis, arms, benchmark, quantity, shades=None, size=10, tokens=False):
     """The mean of the seeds over the steps, and a band from the lowest to the highest seed."""
     arms, ends = [run for run in arms if run and run.steps(benchmark)], []
-    for run in arms:
+    for i, run in enumerate(arms, 1):
         steps, label, colour = run.steps(benchmark), run.label, COLOURS.get(run.label)
         if shades:  # from light to dark
-            colour = matplotlib.colormaps[shades](0.35 + 0.6 * arms.index(run) / len(arms))
+            colour = matplotlib.colormaps[shades](0.3 + 0.65 * i / len(arms))
         values = [[means[quantity] for means in run.means(benchmark, step)] for step in steps]
         middle = [*map(statistics.fmean, values)]
         (line,) = axis.plot(steps, middle, "o-" if len(steps) < 10 else "-", color=colour, lw=2.5)
         axis.fill_between(steps, [*map(min, values)], [*map(max, values)], alpha=0.15,
                           color=line.get_color())
-        if tokens:
-            label += f"\n{run.value('length', benchmark)[0]:,.0f} tokens"
+        label += f"\n{run.value('length', benchmark)[0]:,.0f} tokens" if tokens else ""
         ends.append((middle[-1], steps[-1], label, line.get_color()))
     axis.set_ylim(0, 1.03 if quantity == "score" else None)
     label_ends(axis, ends, size)
 
 def curves(title, arms, benchmark, quantities=QUANTITIES, shades=None):
     """{caption: figure}, for each quantity."""
-    found = {}
-    for quantity in quantities:
-        axis = panel(title, "training step", QUANTITIES[quantity][0])
+    found = {f"{title}: {q}": panel(title, "training step", QUANTITIES[q][0]) for q in quantities}
+    for quantity, axis in zip(quantities, found.values()):
         draw_lines(axis, arms, benchmark, quantity, shades)
-        found[f"{title}: {quantity}"] = axis.figure
-    return found
+    return {caption: axis.figure for caption, axis in found.items()}
 
-def dots(title, xlabel, series):
-    """Of {label: {marker: number}} a row for each marker."""
-    axis = panel(title, xlabel, "", 4.2)
-    for label, uses in series.items():
-        axis.plot([*uses.values()], [*uses], "o", color=COLOURS.get(label), label=label)
+def marker_dots(arms, benchmark):
+    """Uses an answer of each marker, a row each."""
+    axis = panel("", "uses an answer", "", 4.2)
+    for run in [run for run in arms if run.steps(benchmark) and run.answers(benchmark)]:
+        counts = [epistemic.count_by_marker(a["response"]) for a in run.answers(benchmark)]
+        uses = [statistics.fmean(count[m] for count in counts) for m in epistemic.MARKERS]
+        axis.plot(uses, epistemic.MARKERS, "o", color=COLOURS.get(run.label), label=run.label)
     axis.invert_yaxis()
     axis.figure.legend(loc="outside lower left", frameon=False, ncols=2, fontsize=9.5)
     return axis.figure
 
-def marker_uses(run, benchmark, step=None):
-    """{marker: uses an answer}; {} if the answers were not kept."""
-    counts = [epistemic.count_by_marker(a["response"]) for a in run.answers(benchmark, step)]
-    return {m: statistics.fmean(c[m] for c in counts) for m in epistemic.MARKERS if counts}
-
-def table(arms, benchmark):
+def table(s, benchmark):
     """Where the runs end."""
     return [["", "seeds", "step", "score", "tokens", "markers"], *(
         [run.label, len(run.means(benchmark)), run.steps(benchmark)[-1],
          *(run.text(quantity, benchmark) for quantity in QUANTITIES)]
-        for run in arms if run.steps(benchmark))]
+        for run in s.arms.values() if run.steps(benchmark))]
 
 # --- the paper's claims, figures and tables ------------------------------------------------------
 
-def claim(text, paper, quantity, benchmark, *arms, keeps=False):
-    """[row]: is each run's number above the next one's (`keeps`: not below)? By two errors."""
-    shared = [set(run.steps(benchmark)) for run in arms if run and run.method != "Base"]
-    last = max(set.intersection(*shared), default=None) if shared else None
-    if None in arms or last is None:
+def compare(s, quantity, benchmark, *labels, keeps=False):
+    """[verdict, numbers]: is each run's above the next one's (`keeps`: not below it)? By two
+    standard errors, at the last step that all of them have. [] where a run is missing."""
+    arms = [s.arms.get(label) for label in labels]
+    steps = [{*run.steps(benchmark)} for run in arms if run and run.method != "Base"]
+    if None in arms or not set.intersection(*steps):
         return []
-    steps = [0 if run.method == "Base" else last for run in arms]
-    values = [run.value(quantity, benchmark, step) for run, step in zip(arms, steps)]
+    last = max(set.intersection(*steps))
+    at = [(quantity, benchmark, 0 if run.method == "Base" else last) for run in arms]
+    values = [run.value(*which) for run, which in zip(arms, at)]
     signs = ["≈" if abs(a - b) <= 2 * math.hypot(error, noise) else ">" if a > b else "<"
              for (a, error, _), (b, noise, _) in zip(values, values[1:])]
+    text = " ".join(f"{sign} {run.label} {run.text(*which)}"
+                    for sign, run, which in zip(["", *signs], arms, at))
     verdict = "no" if "<" in signs else "yes" if keeps or "≈" not in signs else "too close"
-    here = " ".join(f"{run.label} {run.text(quantity, benchmark, step)} {sign}"
-                    for run, step, sign in zip(arms, steps, [*signs, ""]))
-    return [[text, verdict, paper, here + f"(step {last})" * (last > 0)]]
+    return [verdict, text + f" (step {last})" * (last > 0)]
 
-def claims(runs):
-    """The paper's claims. "yes" and "no" are clear by more than two standard errors."""
+def sizes(s, method):
+    """[run], few questions first, of those that differ in |D| alone."""
+    found = [r for r in s.arms.values() if r.method == method and r.differs <= {"num_questions"}]
+    return sorted(found, key=lambda run: run.flags.get("num_questions") or math.inf)
+
+def claims(s):
+    """The paper's claims. Its numbers are of AIME24; yes and no are clear by more than two \
+standard errors."""
+    above, other, fresh = functools.partial(compare, s), s.other, s.fresh
+    few = next((run.label[4:] for run in sizes(s, "SDPO") if run.label != "SDPO"), " few")
+    told = [context.replace("_", " ") for context in CONTEXTS[:4]]
+    rows = [
+        ("Table 1: the more is shown, the fewer markers", above("epistemic", "", *told)),
+        ("Table 2: SFT on d_ug keeps the score (51.0, 54.8)",
+         above("score", other, "SFT on d ug", "Base", keeps=True)),
+        ("Table 2: SFT on d_sg loses it (54.8 > 20.2)", above("score", other, "Base", "SFT on d sg")),
+        ("Figure 1b: GRPO learns more", above("score", fresh, "GRPO", "SDPO")),
+        ("Figure 3: GRPO keeps the score (56.0, 54.7)",
+         above("score", other, "GRPO", "Base", keeps=True)),
+        ("Figure 3: SDPO loses it (40% lower)", above("score", other, "Base", "SDPO")),
+        ("Figure 3: less, if c has no think part",
+         above("score", other, "SDPO, c without think", "SDPO")),
+        ("Figures 3, 4: SDPO loses markers", above("epistemic", other, "Base", "SDPO")),
+        ("Figures 3, 4: more than GRPO", above("epistemic", other, "GRPO", "SDPO")),
+        ("Figure 6: more, if the teacher follows", above("score", other, "SDPO", "SDPO, ema 0.05")),
+        ("Figure 7: SDPO learns few questions as well",
+         above("score", "training", "SDPO" + few, "GRPO" + few, keeps=True)),
+        ("Figure 7: many less well", above("score", "training", "GRPO", "SDPO")),
+        ("Figure 8: few cost the most", above("score", other, "SDPO", "SDPO" + few)),
+        ("Figure 14: c that shows doubt costs, too", above("score", other, "Base", "SDPO, c uncertain"))]
+    if s.domain in ("narrow", "chem"):
+        rows = [("Figure 1a: SDPO learns more", above("score", fresh, "SDPO", "GRPO")),
+                ("Figure 1a: in shorter answers", above("length", fresh, "GRPO", "SDPO"))]
+    rows = [[text, *result] for text, result in rows if result]
+    return {"": [["the paper's claim", "holds here", "our numbers"], *rows]} if rows else {}
+
+def figure_1(everything):
+    """Figure 1: where self-distillation helps. SDPO wins where one way of answering serves all, \
+and falls where each question needs its own search; its answers become short in both."""
     found = {}
-    for arms in settings(runs):
-        (fresh, other, _), (base, grpo, sdpo) = benchmarks(arms), trio(arms)
-        of = {run.method: run for run in reversed(arms)}.get  # the main run of a method
-        weak, doubt, ema = (partner(arms, sdpo, "SDPO", **flag) for flag in (
-            {"demonstration": "without_think"}, {"demonstration": "uncertain"}, {"ema": 0.05}))
-        sizes = [run for run in by_size(arms, "SDPO") if partner(arms, run, "GRPO")]
-        few, many = (sizes[0], sizes[-1]) if len(sizes) > 1 else (None, None)
-        rows = [
-            *claim("Table 1: told more, fewer markers", "182.5 > 159.8 > 24.1 > 8.8",
-                   "epistemic", "", *map(of, CONTEXTS[:4])),
-            *claim("Table 2: SFT on unguided answers keeps the score", "51.0 ≈ 54.8",
-                   "score", other, of("SFT on d_ug"), base, keeps=True),
-            *claim("Table 2: SFT on guided answers loses it", "54.8 > 20.2",
-                   "score", other, base, of("SFT on d_sg")),
-            *claim("Figure 1b: GRPO learns more than SDPO", "", "score", fresh, grpo, sdpo),
-            *claim("Figure 3: GRPO keeps the score", "56.0 ≈ 54.7",
-                   "score", other, grpo, base, keeps=True),
-            *claim("Figure 3: SDPO loses it", "54.7 > 33", "score", other, base, sdpo),
-            *claim("Figure 3: it loses less without think", "", "score", other, weak, sdpo),
-            *claim("Figures 3, 4: SDPO loses markers", "", "epistemic", other, base, sdpo),
-            *claim("Figures 3, 4: more than GRPO", "", "epistemic", other, grpo, sdpo),
-            *claim("Figure 6: it loses more with an EMA teacher", "", "score", other, sdpo, ema),
-            *claim("Figure 7: SDPO learns few questions as well as GRPO", "", "score", "training",
-                   few, partner(arms, few, "GRPO"), keeps=True),
-            *claim("Figure 7: but not many", "", "score", "training",
-                   partner(arms, many, "GRPO"), many),
-            *claim("Figure 8: SDPO loses most with few", "", "score", other, many, few),
-            *claim("Figure 14: it loses as well if asked for uncertainty", "",
-                   "score", other, base, doubt)]
-        if arms[0].setting.partition(", trained on ")[2].startswith(("narrow", "chem")):
-            rows = [*claim("Figure 1a: SDPO learns more than GRPO", "", "score", fresh, sdpo, grpo),
-                    *claim("Figure 1a: in shorter answers", "", "length", fresh, grpo, sdpo)]
-        if rows:
-            found[arms[0].setting] = [["the paper's claim", "here", "its AIME24", "ours"], *rows]
+    for model in sorted({s.model for s in everything}):
+        own = sorted((s for s in everything if s.model == model and s.domain is not None and
+                      {"GRPO", "SDPO"} <= s.arms.keys()), key=lambda s: "_test" in str(s.fresh))
+        own = {s.domain: s for s in own}  # rather that with fresh questions
+        own = [own[name] for name in DOMAINS if name in own]
+        rows = [["a question needs", *table(own[0], "")[0]]] if own else []
+        rows += [[DOMAINS[s.domain].replace("\n", " "), *row] for s in own
+                 for row in table(s, s.fresh)[1:] if row[0] in COLOURS]
+        found |= {f"demo {model}": picture(own), f"{model}: fresh questions": rows} if own else {}
     return found
 
-def figure_1(runs):
-    """Figure 1: where self-distillation helps. SDPO wins where one manner of answering serves \
-all questions, and falls where each needs its own search; its answers are short in both."""
-    found = {}
-    for model, domains in by_domain(runs).items():
-        rows = [["a question needs", "Base", "GRPO", "SDPO"]]
-        for name in [name for name in DOMAINS if name in domains]:
-            arms, fresh = trio(domains[name]), benchmarks(domains[name])[0]
-            rows.append([DOMAINS[name].replace("\n", " "), *(
-                f"{run.text('score', fresh)} at {run.text('length', fresh)} tokens, step "
-                f"{run.steps(fresh)[-1]}" if run and run.steps(fresh) else "" for run in arms)])
-            found |= curves(DOMAINS[name], arms[1:], fresh, ["score", "length"])
-        found[f"{model}: new questions of the training's kind"] = rows
-    return found
+def changed_answers(s):
+    """[(Base's, SDPO's)] to other questions; first those that became wrong, short ones first."""
+    runs = [s.arms.get(method) for method in ("Base", "SDPO")]
+    if None in runs or not s.other or not all(run.steps(s.other) for run in runs):
+        return []
+    before, after = ({a["index"]: a for a in run.answers(s.other)[::-1]} for run in runs)
+    pairs = [(before[i], after[i]) for i in before if i in after]
+    return sorted(pairs, key=lambda two: (two[1]["correct"] - two[0]["correct"], two[0]["tokens"]))
 
-def table_1(runs):
+def picture(own):
+    """An answer before and after, word by word; and score over steps for each domain."""
+    figure = Figure((16, 6), dpi=100, layout="constrained")
+    left, *axes = figure.subplots(1, 1 + len(own), width_ratios=[2.7, *[1.1] * len(own)])
+    for axis, s in zip(axes, own):
+        axis.set_title(DOMAINS[s.domain], fontsize=17)
+        axis.set_xlabel("training step", fontsize=16)
+        axis.tick_params(labelsize=15)
+        draw_lines(axis, map(s.arms.get, ("GRPO", "SDPO")), s.fresh, "score", size=16, tokens=True)
+    axes[0].set_ylabel("score on fresh questions", fontsize=16)
+    left.axis("off")
+    for before, after in changed_answers(own[-1])[:1]:
+        boxed = re.findall(r"\\boxed\{([^{}]*)\}", after["response"])[-1:]
+        wrong = rf"(?<!\w){re.escape(boxed[0])}(?!\w)" if boxed else "(?!)"
+        lines = [(None, before["question"].split("\n")[0])]
+        for who, answer in (("Before", before), ("After SDPO", after)):
+            right = "right" if answer["correct"] else "wrong"
+            lines += [(None, ""), (None, f"{who}: {right}, {answer['tokens']:,} tokens")]
+            lines += [(answer, line) for line in answer["response"].split("\n") if line]
+        lines = [(answer, part) for answer, line in lines for part in textwrap.wrap(line, 54) or [""]]
+        for number, (answer, line) in enumerate(lines[:20]):
+            for word in re.finditer(r"\S+", line):
+                colour = "#555555" if answer is None else MARKER if epistemic.count(word[0]) else (
+                    WRONG if answer is after and re.search(wrong, word[0]) else "#111111")
+                left.annotate(
+                    word[0], (0, 1), (9.33 * word.start(), -22 * number), fontsize=15.5,
+                    xycoords="axes fraction", textcoords="offset points", va="top", color=colour,
+                    family="monospace", weight="bold" if colour in (WRONG, MARKER) else None,
+                    in_layout=False)
+    return figure
+
+def table_1(s):
     """Table 1: the same questions in five contexts. The more of the solution the prompt shows, \
 the shorter the answers and the fewer the markers."""
-    return {arms[0].setting: table(arms, "") for arms in settings(runs) if table(arms, "")[1:]}
+    return {"": table(s, "")} if "" in s.benchmarks else {}
 
-def table_2(runs):
+def table_2(s):
     """Table 2: checkpoints, by evaluate.py. SFT on answers written with the solution in sight \
 (d_sg) costs the score, though all are right; on those written without it (d_ug) it does not."""
-    return {f"{arms[0].setting}: {b}": table(arms, b) for arms in settings(runs)
-            for b in benchmarks(arms)[2] if b and ", trained on " not in arms[0].setting}
+    return {b: table(s, b) for b in s.benchmarks if b and s.domain is None}
 
-def trained(runs):
-    """[(runs, their benchmarks)] of each setting with a training."""
-    return [(arms, [b for b in benchmarks(arms)[2]]) for arms in settings(runs)
-            if ", trained on " in arms[0].setting]
-
-def figures_3_to_6(runs):
+def figures_3_to_6(s):
     """Figures 3 to 6, 14, 20: training, by run. SDPO becomes short, sure and, on other \
 questions, wrong; no demonstration, EMA teacher, top-k or rate prevents it."""
-    found = {}
-    for arms, names in trained(runs):
-        own = [run for run in arms if {*run.differs} <= {
-            "demonstration", "ema", "top_k", "lr"} and "strength" not in run.flags]
-        for benchmark in names:
-            found |= curves(f"{own[0].setting}: {benchmark}", own, benchmark)
-            found[f"{own[0].setting}: {benchmark}, the end"] = table(arms, benchmark)
+    found, flags = {}, {"demonstration", "ema", "top_k", "lr"}
+    own = [r for r in s.arms.values() if r.differs <= flags and "strength" not in r.flags]
+    for benchmark in s.benchmarks if s.domain is not None else []:
+        found |= curves(benchmark, own, benchmark) | {f"{benchmark}: the end": table(s, benchmark)}
     return found
 
-def figures_7_8(runs):
+def figures_7_8(s):
     """Figures 7, 8: few or many questions. SDPO learns few fast, in short answers, and many \
 badly; on other questions few cost it the most."""
-    found = {}
-    for arms, names in trained(runs):
-        for benchmark in names if len(by_size(arms, "SDPO")) > 2 else []:
-            for quantity in ("score", "length"):
-                for method, shades in (("GRPO", "Blues"), ("SDPO", "Oranges")):
-                    found |= curves(f"{method}: {benchmark}", by_size(arms, method), benchmark,
-                                    [quantity], shades)
-    return found
+    panels = [(b, q, method) for b in s.benchmarks for q in ("score", "length")
+              for method in ("GRPO", "SDPO")] if len(sizes(s, "SDPO")) > 2 else []
+    return {caption: figure for b, q, method in panels for caption, figure in curves(
+        f"{method}: {b}", sizes(s, method), b, [q], SHADES[method]).items()}
 
-def figure_9(runs):
+def figure_9(s):
     """Figure 9: each marker by context. All are rarer, the more the prompt shows."""
-    return {arms[0].setting: dots("", "uses an answer", {
-        run.label: marker_uses(run, "") for run in arms if run.steps("")})
-        for arms in settings(runs) if table(arms, "")[1:]}
+    return {"": marker_dots(s.arms.values(), "")} if "" in s.benchmarks else {}
 
-def figure_11(runs):
+def figure_11(s):
     """Figures 10, 11: each marker before and after training. SDPO uses all of them less."""
-    found = {}
-    for arms, _ in trained(runs):
-        other, sizes = benchmarks(arms)[1], by_size(arms, "GRPO") + by_size(arms, "SDPO")
-        uses = {run.label: marker_uses(run, other) for run in [trio(arms)[0], *sizes] if run and run.steps(other)}
-        if all(uses.values()) and len(uses) > 1:
-            found[arms[0].setting] = dots("", "uses an answer", uses)
-    return found
+    arms = [run for method in COLOURS for run in sizes(s, method)]
+    return {s.other: marker_dots(arms, s.other)} if s.other and s.domain is not None else {}
 
-def remedies(runs):
+def remedies(s):
     """Remedies: score and length on other questions. Wanted: top left. A line joins strengths."""
-    found = {}
-    for arms, _ in trained(runs):
-        other, ends = benchmarks(arms)[1], []
-        groups = {}
-        for run in arms:
-            if run in trio(arms) or "strength" in run.flags:
-                groups.setdefault(run.method, []).append(run)
-        if len(groups) > 3:
-            axis = panel("", "tokens an answer", "score", 4.5)
-            for method, group in groups.items():
-                points = sorted((r.flags.get("strength", 0), r.value("length", other)[0], r.value("score", other)[0]) for r in group)
-                (line,) = axis.plot([x for _, x, _ in points], [y for _, _, y in points], "o-", color=COLOURS.get(method))
-                ends.append((points[0][2], points[0][1], method, line.get_color()))
-            axis.set_ylim(0)
-            label_ends(axis, ends)
-            found[arms[0].setting] = axis.figure
-    return found
+    arms = [run for run in s.arms.values() if "strength" in run.flags or run.label in COLOURS]
+    arms = sorted(arms, key=lambda run: run.flags.get("strength", 0))
+    if not s.other or all("strength" not in run.flags for run in arms):
+        return {}
+    axis, ends = panel("", "tokens an answer", "score", 4.5), []
+    for method in dict.fromkeys(run.method for run in arms):
+        points = [[run.value(q, s.other)[0] for q in ("length", "score")]
+                  for run in arms if run.method == method]
+        (line,) = axis.plot(*zip(*points), "o-", color=COLOURS.get(method))
+        ends.append((points[0][1], points[0][0], method, line.get_color()))
+    axis.set_ylim(0)
+    label_ends(axis, ends)
+    return {s.other: axis.figure}
 
-def table_6(runs):
-    """Table 6: student and teacher by token, before training. They differ most at markers; in the \
-paper 1.9 to 6.8 times the mean."""
+def answers(s):
+    """Answers side by side. To other questions; first those that SDPO gets wrong."""
     found = {}
-    for run in [run for run in runs if run.method == "token_kl"]:
-        found[run.setting] = kl_table([token for seed in run.results["", 0].values() for token in seed])
+    for i, pair in enumerate(changed_answers(s)[:3] if s.domain is not None else []):
+        found[i] = f"<h4>{html.escape(pair[0]['question'])}</h4>"
+        for who, answer in zip(("Base", "SDPO"), pair):
+            text = re.sub(f"(?i)({'|'.join(epistemic.MARKERS)})", r"<mark>\1</mark>",
+                          html.escape(answer["response"]))
+            right = "right" if answer["correct"] else "wrong"
+            found[i] += f"<div><b>{who}: {right}</b>, {answer['tokens']:,} tokens<pre>{text}</pre></div>"
     return found
 
 def kl_table(tokens):
@@ -465,119 +445,54 @@ def kl_table(tokens):
         for text in sorted(ours, key=means.get, reverse=True)),
         [f"mean of {len(means)} tokens", f"{mean:.3f}", "", "1.0"]]
 
-def pair_of_answers(arms):
-    """[(answer before, answer after SDPO)] to other questions, those first that became wrong."""
-    base, _, sdpo = trio(arms)
-    other = benchmarks(arms)[1]
-    before, after = ({a["index"]: a for a in reversed(run.answers(other))} for run in (base, sdpo))
-    pairs = [(before[i], after[i]) for i in before if i in after]
-    return sorted(pairs, key=lambda pair: (pair[1]["correct"] - pair[0]["correct"],
-                                           len(pair[0]["response"])))
-
-def answers(runs):
-    """Answers side by side. The markers are yellow."""
-    found = {}
-    for arms, _ in trained(runs):
-        for i, pair in enumerate(pair_of_answers(arms)[:3]):
-            found[f"{arms[0].setting} {i}"] = f"<h3>{html.escape(pair[0]['question'])}</h3>" + "".join(
-                answer_html(who, answer) for who, answer in zip(("Base", "SDPO"), pair))
-    return found
-
-def answer_html(who, answer):
-    text = html.escape(answer["response"])
-    text = re.sub(f"(?i)({'|'.join(epistemic.MARKERS)})", r"<mark>\1</mark>", text)
-    right = "right" if answer["correct"] else "wrong"
-    return f"<div><b>{who}: {right}</b>, {answer['tokens']:,} tokens<pre>{text}</pre></div>"
-
-def first_picture(runs):
-    """In one picture. An answer before and after, and where self-distillation helps."""
-    for domains in by_domain(runs).values():
-        if {"narrow", ""} <= domains.keys():
-            ((before, after), *_) = pair_of_answers(domains[""])
-            figure = Figure((16, 6.2), dpi=100, layout="constrained")
-            text, *axes = figure.subplots(1, 3, width_ratios=[2.2, 1, 1])
-            for axis, name in zip(axes, ("narrow", "")):
-                fresh = benchmarks(domains[name])[0]
-                axis.set_title(DOMAINS[name], fontsize=17)
-                axis.set_xlabel("training step", fontsize=16)
-                axis.tick_params(labelsize=15)
-                draw_lines(axis, trio(domains[name])[1:], fresh, "score", size=16, tokens=True)
-            axes[0].set_ylabel("score on new questions", fontsize=16)
-            write_answers(text, before, after)
-            return {"demo": figure}
-    return {}
-
-def write_answers(axis, before, after):
-    """A question and two answers, word by word, in lines of 56 letters; a long answer is cut."""
-    axis.axis("off")
-    wrong = (re.findall(r"\\boxed\{([^{}]*)\}", after["response"]) or [""])[-1]
-    lines = [(line, "black") for line in textwrap.wrap(before["question"].split("\n")[0], 56)]
-    for who, answer in (("Before", before), ("After SDPO", after)):
-        right = "right" if answer["correct"] else "wrong"
-        lines += [("", ""), (f"{who}: {right}, {answer['tokens']:,} tokens", "#555555")]
-        own = [line for part in answer["response"].split("\n") for line in textwrap.wrap(part, 56)]
-        own = own if len(own) < 9 else [*own[:4], "[...]", *own[-3:]]
-        lines += [(line, answer) for line in own]
-    for number, (line, answer) in enumerate(lines):
-        for word in re.finditer(r"\S+", line):
-            marker = any(m in word[0].lower() for m in epistemic.MARKERS)
-            bad = answer is after and wrong and re.search(rf"(?<!\w){re.escape(wrong)}(?!\w)", word[0])
-            colour = answer if isinstance(answer, str) else WRONG if bad else MARKER if marker else "#222222"
-            axis.text(word.start() / 56, 1 - number / 18, word[0], transform=axis.transAxes, va="top",
-                      fontsize=15.5, family="monospace", color=colour, in_layout=False,
-                      weight="bold" if colour in (WRONG, MARKER) else None)
-
 # --- the page ------------------------------------------------------------------------------------
 
-SECTIONS = (first_picture, claims, figure_1, table_1, table_2, figures_3_to_6, figures_7_8, figure_9,
-            figure_11, table_6, remedies, answers)
-ON_SCREEN = claims, figure_1, table_1, table_2
+SECTIONS = (claims, figure_1, table_1, table_2, figures_3_to_6, figures_7_8, figure_9, figure_11,
+            remedies, answers)
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Self-distillation</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1360px; margin: auto; padding: 0 1em }
 section { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)) }
-.wide { grid-column: 1 / -1; overflow-x: auto } img { width: 100%; max-width: 600px }
+h4, .wide, .figure_1 { grid-column: 1 / -1; overflow-x: auto } img { max-width: 100% }
 table { border-collapse: collapse; margin: 0 0 1em } td { border-bottom: 1px solid #ddd;
   vertical-align: top; padding: .2em 1em .2em 0 } mark { background: #ffd54d }
 pre { max-height: 24em; overflow: auto; white-space: pre-wrap } tr:first-child { font-weight: bold }
-@media (max-width: 700px) { .claims td { display: block; border: 0; padding: 0 }
-  .claims tr { display: block; margin-bottom: 1em } .claims tr:first-child { display: none } }
 </style><h1>Self-distillation, measured</h1><p>±: the larger standard error of that over seeds (s)
 and that over questions (q); in training over seeds or over five steps (t). Bands: from the lowest
 seed to the highest. Base: before training. Markers: """ + ", ".join(epistemic.MARKERS) + ".</p>"
 
 def markdown(rows):
     """A table as text, which is Markdown too."""
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
-    lines = ["| " + " | ".join(f"{cell!s:{width}}" for cell, width in zip(row, widths)) + " |"
-             for row in rows]
-    return "\n".join([lines[0], "|-" + "-|-".join("-" * width for width in widths) + "-|", *lines[1:]])
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows)]
+    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    return "\n".join("| " + " | ".join(f"{cell!s:{width}}" for cell, width in zip(row, widths))
+                     + " |" for row in rows)
 
 def show(name, caption, item, folder):
     """An item as HTML; a figure is a file beside the page."""
     if isinstance(item, str):
         return item
-    title = f"<b>{html.escape(caption)}</b>"
     if isinstance(item, Figure):
         file = re.sub(r"\W+", "_", f"{name} {caption}").lower() + ".png"
         item.savefig(folder / "figures" / file)
-        return f'<img alt="{html.escape(caption)}" src="figures/{file}">'
+        return f'<img class={name} alt="{html.escape(caption)}" src="figures/{file}">'
+    if name in ("claims", "figure_1", "table_1", "table_2"):
+        print(f"\n{name} {caption}\n\n{markdown(item)}")
     rows = "".join("<tr><td>" + "<td>".join(html.escape(str(c)) for c in row) for row in item)
-    return f'<div class="wide {name}">{title}<table>{rows}</table></div>'
+    return f'<div class="wide {name}"><b>{html.escape(caption)}</b><table>{rows}</table></div>'
 
 def report(folder):
-    runs, page = load_runs(folder), PAGE
+    found, page = settings(load_runs(folder)), PAGE
     (folder / "figures").mkdir(exist_ok=True)
     for section in SECTIONS:
-        items = section(runs)
         title, sentence = section.__doc__.split(". ", 1)
-        body = "".join(show(section.__name__, *item, folder) for item in items.items())
-        page += f"<h2>{title}</h2><p>{sentence}</p><section>{body}</section>" if items else ""
-        for caption, rows in items.items() if section in ON_SCREEN else ():
-            if isinstance(rows, list):
-                print(f"\n{title}; {caption}\n\n{markdown(rows)}")
+        parts = {"": figure_1(found)} if section is figure_1 else {s.name: section(s) for s in found}
+        body = "".join(f"<h3>{html.escape(name)}</h3><section>" + "".join(
+            show(section.__name__, f"{caption}", item, folder) for caption, item in items.items())
+            + "</section>" for name, items in parts.items() if items)
+        page += f"<h2>{title}</h2><p>{sentence}</p>{body}" if body else ""
     (folder / "report.html").write_text(page, encoding="utf-8", errors="replace")
-    print(f"\n{len(runs)} runs: {folder}/report.html")
+    print(f"\n{folder}/report.html")
 
 def main():
     parser = argparse.ArgumentParser(description="The paper's tables and figures of your runs.",
