@@ -156,8 +156,8 @@ Setting = namedtuple("Setting", "model name arms benchmarks fresh other domain")
 
 def settings(runs):
     """[Setting]; only runs of one setting stand in one claim."""
-    found = []
-    for model, data, same in sorted({run.setting for run in runs}):
+    found, keys = [], sorted({run.setting for run in runs})
+    for model, data, same in keys:
         arms = {run.label: run for run in runs if run.setting == (model, data, same)}
         names = [*dict.fromkeys(b for run in reversed(arms.values()) for b, _ in run.results)]
         like = f"{data.removesuffix('_train')}_test", "in", "training"
@@ -165,7 +165,9 @@ def settings(runs):
         other = min((b for b in names if b not in ("", fresh, "training")), default=None,
                     key=lambda b: b not in ("ood", "aime24"))
         domain = next(d for d in DOMAINS if data.startswith(d)) if data else None
-        name = f"{model}, trained on {data}; {same}" if data else model
+        name = f"{model}, trained on {data}" if data else model
+        if sum(key[:2] == (model, data) for key in keys) > 1:
+            name += f"; {same}"
         found.append(Setting(model, name, arms, names, fresh, other, domain))
     return found
 
@@ -319,20 +321,21 @@ def picture(own):
     for before, after in changed_answers(own[-1])[:1]:
         boxed = re.findall(r"\\boxed\{([^{}]*)\}", after["response"])[-1:]
         wrong = rf"(?<!\w){re.escape(boxed[0])}(?!\w)" if boxed else "(?!)"
-        lines = [(None, before["question"].split("\n")[0])]
-        for who, answer in (("Before", before), ("After SDPO", after)):
+        lines = [(None, line) for line in textwrap.wrap(before["question"].split("\n")[0], 50)]
+        for who, answer in (("Before training", before), ("After SDPO", after)):
             right = "right" if answer["correct"] else "wrong"
             lines += [(None, ""), (None, f"{who}: {right}, {answer['tokens']:,} tokens")]
-            lines += [(answer, line) for line in answer["response"].split("\n") if line]
-        lines = [(answer, part) for answer, line in lines
-                 for part in textwrap.wrap(line, 54) or [""]]
-        for number, (answer, line) in enumerate(lines[:20]):
+            text = [line for part in answer["response"].split("\n")
+                    for line in textwrap.wrap(part, 50)]
+            text = text if len(text) < 8 else [*text[:5], "...", text[-1]]
+            lines += [(answer, line) for line in text]
+        for number, (answer, line) in enumerate(lines):
             for word in re.finditer(r"\S+", line):
                 colour = "#555555" if answer is None else MARKER if epistemic.count(word[0]) else (
                     WRONG if answer is after and re.search(wrong, word[0]) else "#111111")
-                left.annotate(word[0], (0, 1), (9.03 * word.start(), -21 * number), fontsize=15,
-                              xycoords="axes fraction", textcoords="offset points", va="top",
-                              family="monospace", color=colour, in_layout=False,
+                left.annotate(word[0], (0, 1), (9.64 * word.start(), -22 * number), va="top",
+                              xycoords="axes fraction", textcoords="offset points", color=colour,
+                              family="monospace", in_layout=False,
                               weight="bold" if colour in (WRONG, MARKER) else None)
     return figure
 
@@ -415,11 +418,12 @@ def answers(s):
 
 SECTIONS = (claims, figure_1, tables_1_2, figures_3_to_6, figures_7_8, figures_9_11, table_6,
             remedies, answers)
+ON_SCREEN = claims, figure_1, tables_1_2
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Self-distillation</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1360px; margin: auto; padding: 0 1em }
 section { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)) }
-h3, h4, .wide, .figure_1 { grid-column: 1 / -1; overflow-x: auto } img { max-width: 100% }
+h4, .wide { grid-column: 1 / -1; overflow-x: auto } img { max-width: 100% }
 table { border-collapse: collapse; margin: 0 0 1em } td { border-bottom: 1px solid #ddd;
   vertical-align: top; padding: .2em 1em .2em 0 } mark { background: #ffd54d }
 pre { max-height: 24em; overflow: auto; white-space: pre-wrap } tr:first-child { font-weight: bold }
@@ -435,18 +439,16 @@ def markdown(rows):
                      + " |" for row in rows)
 
 def show(name, caption, item, folder):
-    """An item as HTML; a figure is a file beside the page, a table also goes to the screen."""
+    """An item as HTML; a figure is a file beside the page."""
     if isinstance(item, str):
         return item
     if isinstance(item, Figure):
         file = "figures/" + re.sub(r"\W+", "_", f"{name} {caption}").lower() + ".png"
         file = "demo.png" if caption == "demo" else file
         item.savefig(folder / file)
-        return f'<img class={name} alt="{html.escape(caption)}" src="{file}">'
-    if name in ("claims", "figure_1", "tables_1_2"):
-        print(f"\n{name} {caption}\n\n{markdown(item)}")
+        return f'<img class="{"wide" * (caption == "demo")}" alt="{html.escape(caption)}" src="{file}">'
     rows = "".join("<tr><td>" + "<td>".join(html.escape(str(c)) for c in row) for row in item)
-    return f'<div class="wide {name}"><b>{html.escape(caption)}</b><table>{rows}</table></div>'
+    return f'<div class="wide"><b>{html.escape(caption)}</b><table>{rows}</table></div>'
 
 def report(folder):
     found, page = settings(load_runs(folder)), PAGE
@@ -454,11 +456,16 @@ def report(folder):
     (folder / "figures").mkdir(exist_ok=True)
     for section in SECTIONS:
         title, sentence = section.__doc__.split(". ", 1)
-        parts = {"": section(whole[section])} if section in whole else {
-            s.name: section(s) for s in found}
-        body = "".join(f"<h3>{html.escape(name)}</h3><section>" + "".join(
-            show(section.__name__, f"{caption}", item, folder) for caption, item in items.items())
-            + "</section>" for name, items in parts.items() if items)
+        parts = [("", section(whole[section]))] if section in whole else [
+            (s.name, section(s)) for s in found]
+        body = ""
+        for i, (name, items) in enumerate(parts):
+            shown = [show(f"{section.__name__}_{i}", caption, item, folder)
+                     for caption, item in items.items()]
+            body += f"<h3>{html.escape(name)}</h3><section>{''.join(shown)}</section>" * bool(items)
+            for caption, item in items.items() if section in ON_SCREEN else ():
+                if isinstance(item, list):
+                    print(f"\n{title} {name} {caption}\n\n{markdown(item)}")
         page += f"<h2>{title}</h2><p>{sentence}</p>{body}" if body else ""
     (folder / "report.html").write_text(page, encoding="utf-8", errors="replace")
     print(f"\n{folder}/report.html")
