@@ -55,8 +55,8 @@ class Run:
     def steps(self, benchmark):
         """Those that all seeds have."""
         seeds = max(map(len, self.results.values()))
-        return sorted(step for (name, step), found in self.results.items()
-                      if name == benchmark and len(found) == seeds)
+        return sorted(step for name, step in self.results
+                      if name == benchmark and len(self.results[name, step]) == seeds)
 
     def means(self, quantity, benchmark, step):
         """Of each seed."""
@@ -237,7 +237,8 @@ def compare(s, quantity, benchmark, *labels, keeps=False):
     """[verdict, numbers]: is each run's above the next one's (`keeps`: not below it)? By two
     standard errors, at the last step that all of them have. [] where a run is missing."""
     arms = [s.arms.get(label) for label in labels]
-    steps = [{*run.steps(benchmark)} for run in arms if run and run.method != "Base"]
+    steps = [{step for step in run.steps(benchmark) if step or not benchmark}
+             for run in arms if run and run.method != "Base"]
     if None in arms or not set.intersection(*steps):
         return []
     last = max(set.intersection(*steps))
@@ -259,13 +260,14 @@ def claims(s):
     """The paper's claims. Its numbers are AIME24's. Yes and no: by over two standard errors."""
     score, markers = (functools.partial(compare, s, q, s.other) for q in ("score", "epistemic"))
     learned, trained = (functools.partial(compare, s, "score", b) for b in (s.fresh, "training"))
+    many = s.domain == ""  # not in a narrow domain, however many questions it has
     few = next((run.label[4:] for run in sizes(s, "SDPO") if run.label != "SDPO"), " few")
     told = [context.replace("_", " ") for context in CONTEXTS[:4]]
     rows = [
         ("Table 1: the more is shown, the fewer markers", compare(s, "epistemic", "", *told)),
         ("Table 2: SFT on d_ug keeps the score (51, 55)", score("SFT on d ug", "Base", keeps=True)),
         ("Table 2: SFT on d_sg loses it (20, 55)", score("Base", "SFT on d sg")),
-        ("Figure 1b: GRPO learns more than SDPO", learned("GRPO", "SDPO")),
+        ("Figure 1b: GRPO learns more than SDPO", many and learned("GRPO", "SDPO")),
         ("Figure 3: GRPO keeps the score (56, 55)", score("GRPO", "Base", keeps=True)),
         ("Figure 3: SDPO loses it (40% lower)", score("Base", "SDPO")),
         ("Figure 3: less, if c has no think part", score("SDPO, c without think", "SDPO")),
@@ -273,7 +275,7 @@ def claims(s):
         ("Figures 3, 4: more than GRPO", markers("GRPO", "SDPO")),
         ("Figure 6: more, if the teacher follows", score("SDPO", "SDPO, ema 0.05")),
         ("Figure 7: few questions SDPO learns", trained("SDPO" + few, "GRPO" + few, keeps=True)),
-        ("Figure 7: many less than GRPO", trained("GRPO", "SDPO")),
+        ("Figure 7: many less than GRPO", many and trained("GRPO", "SDPO")),
         ("Figure 8: few cost the most elsewhere", score("SDPO", "SDPO" + few)),
         ("Figure 14: an uncertain c costs as well", score("Base", "SDPO, c uncertain"))]
     if s.domain in ("narrow", "chem"):
@@ -342,14 +344,15 @@ def picture(own):
 def tables_1_2(s):
     """Tables 1, 2: contexts, checkpoints. A solution shown makes answers short and sure; SFT on \
 such answers (d_sg), though all are right, makes the model wrong; on unguided ones (d_ug) not."""
-    return {b: table(s, b) for b in s.benchmarks if s.domain is None}
+    return {b or "five contexts": table(s, b) for b in sorted(s.benchmarks) if s.domain is None}
 
 def figures_3_to_6(s):
     """Figures 3 to 6, 14, 20: training. SDPO becomes short, sure and, on other questions, wrong."""
     found, flags = {}, {"demonstration", "ema", "top_k", "lr"}
     own = [r for r in s.arms.values() if r.differs <= flags and "strength" not in r.flags]
-    for benchmark in s.benchmarks if s.domain is not None else []:
-        found |= curves(benchmark, own, benchmark) | {f"{benchmark}: the end": table(s, benchmark)}
+    for b in s.benchmarks if s.domain is not None else []:
+        title = {s.other: f"other questions ({b})", "training": b}.get(b, f"fresh questions ({b})")
+        found |= curves(title, own, b) | {f"{title}: the end": table(s, b)}
     return found
 
 def figures_7_8(s):
@@ -422,7 +425,8 @@ ON_SCREEN = claims, figure_1, tables_1_2
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Self-distillation</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1360px; margin: auto; padding: 0 1em }
-section { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)) }
+section { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr));
+  gap: 0 1.5em }
 h4, .wide { grid-column: 1 / -1; overflow-x: auto } img { max-width: 100% }
 table { border-collapse: collapse; margin: 0 0 1em } td { border-bottom: 1px solid #ddd;
   vertical-align: top; padding: .2em 1em .2em 0 } mark { background: #ffd54d }
@@ -448,6 +452,7 @@ def show(name, caption, item, folder):
         item.savefig(folder / file)
         return f'<img class="{"wide" * (caption == "demo")}" alt="{html.escape(caption)}" src="{file}">'
     rows = "".join("<tr><td>" + "<td>".join(html.escape(str(c)) for c in row) for row in item)
+    rows = rows.replace(" ± ", "&nbsp;±&nbsp;")
     return f'<div class="wide"><b>{html.escape(caption)}</b><table>{rows}</table></div>'
 
 def report(folder):
