@@ -22,7 +22,7 @@ DOMAINS = {"narrow": "Narrow domain: one way of\nanswering serves all",
            "chem": "Narrow domain: chemistry",
            "habits": "Eight ways of answering, one\nfor each kind of question",
            "": "Diverse domain: each question\nneeds its own search"}  # by the data's first letters
-USUAL = {"demonstration": "full", "ema": 0.0, "top_k": 100, "control": None}  # as in sdpo.py
+USUAL = {"demonstration": "full", "ema": 0.0, "top_k": 100, "control": None, "strength": None}
 SAME = """questions_per_step minibatch_questions rollouts temperature max_prompt_tokens
     max_response_tokens warmup_steps""".split()  # flags that all runs of a setting share
 NO_PART = """model data enable_thinking script remedy run_dir out seed id commit versions world_size
@@ -139,7 +139,7 @@ def load_runs(folder):
     return name_runs([*runs.values()])
 
 def name_runs(runs):
-    words = {"num_questions": "{} questions", "demonstration": "c {}", "strength": "{}"}
+    words = {"num_questions": "|D| {}", "demonstration": "c {}", "strength": "{}"}
     for run in runs:
         alike = sorted((r.flags for r in runs if (r.method, r.setting) == (run.method, run.setting)),
                        key=lambda f: (-(f.get("num_questions") or math.inf), f.get("lr", 0)))
@@ -180,7 +180,8 @@ SHADES, MARKER, WRONG = {"GRPO": "Blues", "SDPO": "Oranges"}, "#7a3fb0", "#c6282
 matplotlib.rcParams.update({
     "font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "axes.titlesize": "medium", "axes.titlelocation": "left", "grid.alpha": 0.25,
-    "axes.prop_cycle": matplotlib.cycler(color="#7a3fb0 #2a8a3e #b3872c #c2316f #1a9aa0".split())})
+    "axes.prop_cycle": matplotlib.cycler(
+        color="#7a3fb0 #2a8a3e #b3872c #c2316f #1a9aa0 #6b4c3b #8a8f00 #e377c2".split())})
 
 def panel(title, xlabel, ylabel, height=3.3):
     axis = Figure((4.8, height), dpi=200, layout="constrained").subplots()
@@ -189,16 +190,15 @@ def panel(title, xlabel, ylabel, height=3.3):
 
 def label_ends(axis, ends):
     """Writes labels, [(y, x, label, colour)], right of the plot, joined to their points."""
-    low, high = axis.get_ylim()
+    (low, high), left = axis.get_ylim(), sum(1 + label.count("\n") for _, _, label, _ in ends)
     free = 1.06  # from the top down, up to where there is room; the plot's height is 1
     for y, x, label, colour in sorted(ends, reverse=True):
-        text = "\n".join(textwrap.fill(line, 18) for line in label.split("\n"))
-        half = 0.035 * (1 + text.count("\n"))
-        place = min((y - low) / (high - low), free - half)
-        free = place - half
-        axis.annotate(text, (x, y), (1.05, place), textcoords="axes fraction", va="center",
+        half = 0.035 * (1 + label.count("\n"))
+        place = max(min((y - low) / (high - low), free - half), 0.07 * left - half)
+        free, left = place - half, left - 1 - label.count("\n")
+        axis.annotate(label, (x, y), (1.05, place), textcoords="axes fraction", va="center",
                       color=colour, linespacing=1, annotation_clip=False,
-                      arrowprops={"arrowstyle": "-", "color": colour, "ls": ":", "shrinkB": 3})
+                      arrowprops={"arrowstyle": "-", "color": colour, "ls": ":", "relpos": (0, 0.5)})
 
 def draw_lines(axis, arms, benchmark, quantity, shades=None, tokens=False):
     """The mean of the seeds over the steps, and a band from the lowest to the highest seed."""
@@ -207,6 +207,7 @@ def draw_lines(axis, arms, benchmark, quantity, shades=None, tokens=False):
         steps, label, colour = run.steps(benchmark), run.label, COLOURS.get(run.label)
         if shades:  # from light to dark
             colour = matplotlib.colormaps[shades](0.3 + 0.65 * i / len(arms))
+            label = f"|D| {run.flags['num_questions'] or 'all'}"
         values = [run.means(quantity, benchmark, step) for step in steps]
         middle = [*map(statistics.fmean, values)]
         (line,) = axis.plot(steps, middle, "o-" if len(steps) < 10 else "-", color=colour, lw=2.5)
@@ -224,12 +225,12 @@ def curves(title, arms, benchmark, quantities=NAMES, shades=None):
         draw_lines(axis, arms, benchmark, quantity, shades)
     return {caption: axis.figure for caption, axis in found.items()}
 
-def table(s, benchmark):
+def table(arms, benchmark):
     """Where the runs end."""
     return [TABLE, *(
         [run.label, len(run.results[benchmark, run.steps(benchmark)[-1]]), run.steps(benchmark)[-1],
          *(run.text(quantity, benchmark) for quantity in NAMES)]
-        for run in s.arms.values() if run.steps(benchmark))]
+        for run in arms if run.steps(benchmark))]
 
 # --- the paper's claims, figures and tables ------------------------------------------------------
 
@@ -293,7 +294,7 @@ and falls where each question needs its own search. It is short in both."""
                if s.model == model and s.domain is not None and {"GRPO", "SDPO"} <= s.arms.keys()}
         own = [own[domain] for domain in DOMAINS if domain in own]
         rows = [[DOMAINS[s.domain].replace("\n", " "), *row] for s in own
-                for row in table(s, s.fresh)[1:] if row[0] in COLOURS]
+                for row in table([s.arms[m] for m in COLOURS if m in s.arms], s.fresh)[1:]]
         if own:
             caption = "demo" if {"narrow", ""} <= {s.domain for s in own} else model
             found[caption] = picture(own)
@@ -344,15 +345,16 @@ def picture(own):
 def tables_1_2(s):
     """Tables 1, 2: contexts, checkpoints. A solution shown makes answers short and sure; SFT on \
 such answers (d_sg), though all are right, makes the model wrong; on unguided ones (d_ug) not."""
-    return {b or "five contexts": table(s, b) for b in sorted(s.benchmarks) if s.domain is None}
+    return {b or "five contexts": table(s.arms.values(), b) for b in sorted(s.benchmarks) if s.domain is None}
 
 def figures_3_to_6(s):
     """Figures 3 to 6, 14, 20: training. SDPO becomes short, sure and, on other questions, wrong."""
     found, flags = {}, {"demonstration", "ema", "top_k", "lr"}
-    own = [r for r in s.arms.values() if r.differs <= flags and "strength" not in r.flags]
+    arms = [run for run in s.arms.values() if "strength" not in run.flags]
+    own = [run for run in arms if run.differs <= flags]
     for b in s.benchmarks if s.domain is not None else []:
         title = {s.other: f"other questions ({b})", "training": b}.get(b, f"fresh questions ({b})")
-        found |= curves(title, own, b) | {f"{title}: the end": table(s, b)}
+        found |= curves(title, own, b) | {f"{title}: the end": table(arms, b)}
     return found
 
 def figures_7_8(s):
@@ -403,7 +405,7 @@ def remedies(s):
         (line,) = axis.plot(x, y, "o-", color=COLOURS.get(method))
         ends.append((y[0], x[0], method, line.get_color()))
     label_ends(axis, ends)
-    return {s.other: axis.figure} if {end[2] for end in ends} - COLOURS.keys() else {}
+    return {s.other: axis.figure, "the end": table(arms, s.other)} if len(ends) > 3 else {}
 
 def answers(s):
     """Answers side by side. To other questions; first those that SDPO gets wrong."""
@@ -426,7 +428,7 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Self-disti
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1360px; margin: auto; padding: 0 1em }
 section { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr));
-  gap: 0 1.5em }
+  gap: 0 1.5em } .figures_7_8 { max-width: 1000px }
 h4, .wide { grid-column: 1 / -1; overflow-x: auto } img { max-width: 100% }
 table { border-collapse: collapse; margin: 0 0 1em } td { border-bottom: 1px solid #ddd;
   vertical-align: top; padding: .2em 1em .2em 0 } mark { background: #ffd54d }
@@ -450,7 +452,8 @@ def show(name, caption, item, folder):
         file = "figures/" + re.sub(r"\W+", "_", f"{name} {caption}").lower() + ".png"
         file = "demo.png" if caption == "demo" else file
         item.savefig(folder / file)
-        return f'<img class="{"wide" * (caption == "demo")}" alt="{html.escape(caption)}" src="{file}">'
+        kind = "wide" if item.get_figwidth() > 9 else "panel"
+        return f'<img class={kind} alt="{html.escape(caption)}" src="{file}">'
     rows = "".join("<tr><td>" + "<td>".join(html.escape(str(c)) for c in row) for row in item)
     rows = rows.replace(" ± ", "&nbsp;±&nbsp;")
     return f'<div class="wide"><b>{html.escape(caption)}</b><table>{rows}</table></div>'
@@ -467,7 +470,8 @@ def report(folder):
         for i, (name, items) in enumerate(parts):
             shown = [show(f"{section.__name__}_{i}", caption, item, folder)
                      for caption, item in items.items()]
-            body += f"<h3>{html.escape(name)}</h3><section>{''.join(shown)}</section>" * bool(items)
+            body += (f"<h3>{html.escape(name)}</h3><section class={section.__name__}>"
+                     f"{''.join(shown)}</section>") * bool(items)
             for caption, item in items.items() if section in ON_SCREEN else ():
                 if isinstance(item, list):
                     print(f"\n{title} {name} {caption}\n\n{markdown(item)}")
