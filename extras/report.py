@@ -45,8 +45,8 @@ def read(path, use=dict):
 
 @dataclass(eq=False)
 class Run:
-    """What a config.json describes, with all its seeds. `label`: the method and the flags that
-    `differ` from what is usual in the setting."""
+    """What a config.json describes, with all its seeds. Its `label` is the method and those flags
+    that are not as usual in the setting (`differs`)."""
     method: str  # GRPO, SDPO, OPSD, "SFT on d_ug", a remedy, a context, or Base: before training
     setting: tuple  # (model, training data or "", the flags of SAME in words)
     flags: dict  # those that tell the runs of a setting apart
@@ -79,7 +79,7 @@ class Run:
         return f"{mean:,.{digits}f}" + (f" ± {error:,.{digits}f} {over}" if error >= 0 else "")
 
 def standard_error(values):
-    """Minus infinity of less than two: it is not known."""
+    """Minus infinity where it is not known, of less than two."""
     return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else -math.inf
 
 def describe(config):
@@ -139,10 +139,11 @@ def load_runs(folder):
     return name_runs([*runs.values()])
 
 def name_runs(runs):
+    """Sorts them and sets `label` and `differs`; usual is what most have, of several |D| the most."""
     words = {"num_questions": "|D| {}", "demonstration": "c {}", "strength": "{}"}
     for run in runs:
-        alike = sorted((r.flags for r in runs if (r.method, r.setting) == (run.method, run.setting)),
-                       key=lambda f: (-(f.get("num_questions") or math.inf), f.get("lr", 0)))
+        alike = [r.flags for r in runs if (r.method, r.setting) == (run.method, run.setting)]
+        alike.sort(key=lambda f: (-(f.get("num_questions") or math.inf), f.get("lr", 0)))
         usual = {flag: statistics.mode(flags.get(flag) for flags in alike) for flag in run.flags}
         run.differs = {f for f, v in run.flags.items() if v != USUAL.get(f, usual[f])}
         run.label = ", ".join([run.method, *(words.get(f, f + " {}").format(run.flags[f])
@@ -171,8 +172,6 @@ def settings(runs):
         found.append(Setting(model, name, arms, names, fresh, other, domain))
     return found
 
-TABLE = ["", "seeds", "step", "score", "tokens", "markers"]
-
 # --- drawing -------------------------------------------------------------------------------------
 
 COLOURS = {"Base": "#777777", "GRPO": "#1f6fb4", "SDPO": "#d9600f"}
@@ -198,7 +197,7 @@ def label_ends(axis, ends):
         free, left = place - half, left - 1 - label.count("\n")
         axis.annotate(label, (x, y), (1.05, place), textcoords="axes fraction", va="center",
                       color=colour, linespacing=1, annotation_clip=False,
-                      arrowprops={"arrowstyle": "-", "color": colour, "ls": ":", "relpos": (0, 0.5)})
+                      arrowprops={"arrowstyle": "-", "color": colour, "relpos": (0, 0.5), "ls": ":"})
 
 def draw_lines(axis, arms, benchmark, quantity, shades=None, tokens=False):
     """The mean of the seeds over the steps, and a band from the lowest to the highest seed."""
@@ -227,7 +226,7 @@ def curves(title, arms, benchmark, quantities=NAMES, shades=None):
 
 def table(arms, benchmark):
     """Where the runs end."""
-    return [TABLE, *(
+    return [["", "seeds", "step", "score", "tokens", "markers"], *(
         [run.label, len(run.results[benchmark, run.steps(benchmark)[-1]]), run.steps(benchmark)[-1],
          *(run.text(quantity, benchmark) for quantity in NAMES)]
         for run in arms if run.steps(benchmark))]
@@ -298,7 +297,7 @@ and falls where each question needs its own search. It is short in both."""
         if own:
             caption = "demo" if {"narrow", ""} <= {s.domain for s in own} else model
             found[caption] = picture(own)
-            found[f"{model}, fresh questions"] = [["a question needs", *TABLE], *rows]
+            found[f"{model}, fresh questions"] = [["a question needs", *table([], "")[0]], *rows]
     return found
 
 def changed_answers(s):
@@ -345,7 +344,8 @@ def picture(own):
 def tables_1_2(s):
     """Tables 1, 2: contexts, checkpoints. A solution shown makes answers short and sure; SFT on \
 such answers (d_sg), though all are right, makes the model wrong; on unguided ones (d_ug) not."""
-    return {b or "five contexts": table(s.arms.values(), b) for b in sorted(s.benchmarks) if s.domain is None}
+    return {b or "five contexts": table(s.arms.values(), b) for b in sorted(s.benchmarks)
+            if s.domain is None}
 
 def figures_3_to_6(s):
     """Figures 3 to 6, 14, 20: training. SDPO becomes short, sure and, on other questions, wrong."""
