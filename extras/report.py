@@ -136,10 +136,12 @@ def load_runs(folder):
         for file, step, *who in files:
             for benchmark, answers in read_answers(file).items() if file.exists() else []:
                 add("" if benchmark in CONTEXTS else benchmark, step, answers, seed, *who)
+    if not runs:
+        raise ValueError(f"{folder}: no results of runs below it")
     return name_runs([*runs.values()])
 
 def name_runs(runs):
-    """Sorts them and sets `label` and `differs`; usual is what most have, of several |D| the most."""
+    """Sorts them and sets `label` and `differs`. Usual is what most have, and of |D| the most."""
     words = {"num_questions": "|D| {}", "demonstration": "c {}", "strength": "{}"}
     for run in runs:
         alike = [r.flags for r in runs if (r.method, r.setting) == (run.method, run.setting)]
@@ -196,8 +198,8 @@ def label_ends(axis, ends):
         place = max(min((y - low) / (high - low), free - half), 0.07 * left - half)
         free, left = place - half, left - 1 - label.count("\n")
         axis.annotate(label, (x, y), (1.05, place), textcoords="axes fraction", va="center",
-                      color=colour, linespacing=1, annotation_clip=False,
-                      arrowprops={"arrowstyle": "-", "color": colour, "relpos": (0, 0.5), "ls": ":"})
+                      color=colour, linespacing=1, annotation_clip=False, arrowprops={
+                          "arrowstyle": "-", "color": colour, "ls": ":", "relpos": (0, 0.5)})
 
 def draw_lines(axis, arms, benchmark, quantity, shades=None, tokens=False):
     """The mean of the seeds over the steps, and a band from the lowest to the highest seed."""
@@ -293,7 +295,7 @@ and falls where each question needs its own search. It is short in both."""
                if s.model == model and s.domain is not None and {"GRPO", "SDPO"} <= s.arms.keys()}
         own = [own[domain] for domain in DOMAINS if domain in own]
         rows = [[DOMAINS[s.domain].replace("\n", " "), *row] for s in own
-                for row in table([s.arms[m] for m in COLOURS if m in s.arms], s.fresh)[1:]]
+                for row in table(filter(None, map(s.arms.get, COLOURS)), s.fresh)[1:]]
         if own:
             caption = "demo" if {"narrow", ""} <= {s.domain for s in own} else model
             found[caption] = picture(own)
@@ -429,7 +431,7 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Self-disti
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1360px; margin: auto; padding: 0 1em }
 section { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr));
   gap: 0 1.5em } .figures_7_8 { max-width: 1000px }
-h4, .wide { grid-column: 1 / -1; overflow-x: auto } img { max-width: 100% }
+h4, .wide, .figure_1 img { grid-column: 1 / -1; overflow-x: auto } img { max-width: 100% }
 table { border-collapse: collapse; margin: 0 0 1em } td { border-bottom: 1px solid #ddd;
   vertical-align: top; padding: .2em 1em .2em 0 } mark { background: #ffd54d }
 pre { max-height: 24em; overflow: auto; white-space: pre-wrap } tr:first-child { font-weight: bold }
@@ -452,8 +454,7 @@ def show(name, caption, item, folder):
         file = "figures/" + re.sub(r"\W+", "_", f"{name} {caption}").lower() + ".png"
         file = "demo.png" if caption == "demo" else file
         item.savefig(folder / file)
-        kind = "wide" if item.get_figwidth() > 9 else "panel"
-        return f'<img class={kind} alt="{html.escape(caption)}" src="{file}">'
+        return f'<img alt="{html.escape(caption)}" src="{file}">'
     rows = "".join("<tr><td>" + "<td>".join(html.escape(str(c)) for c in row) for row in item)
     rows = rows.replace(" ± ", "&nbsp;±&nbsp;")
     return f'<div class="wide"><b>{html.escape(caption)}</b><table>{rows}</table></div>'

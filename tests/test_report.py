@@ -1,6 +1,5 @@
 """extras/report.py on folders written here, whose numbers are worked out by hand."""
 import json
-import re
 import sys
 
 import pytest
@@ -29,18 +28,21 @@ def train(folder, script, after, text="So 3.", training=(0.5,), data="dapo", ben
     flags = dict(num_questions=None, lr=1e-5 if script == "sdpo" else 1e-6) | flags
     if script == "sdpo":
         flags = dict(demonstration="full", ema=0.0, top_k=100) | flags
-    write(folder / "config.json", dict(SAME, script=f"{script}.py", data=data, run_dir=str(folder)) | flags)
+    write(folder / "config.json", dict(SAME, script=f"{script}.py", data=data) | flags)
     write(folder / "metrics.jsonl", *(dict(step=i, score=s, length=100.0, epistemic=4.0)
                                       for i, s in enumerate(training, 1)))
     write(folder / "eval/step_0.jsonl", *answers(benchmark, (1,) * len(after), "Wait, maybe 3."))
     write(folder / f"eval/step_{len(training)}.jsonl", *answers(benchmark, after, text))
 
 
-def made(folder, monkeypatch, capsys):
-    """(what the command prints, the page)"""
-    monkeypatch.setattr(sys, "argv", ["report.py", str(folder)])
-    report.main()
-    return capsys.readouterr().out, (folder / "report.html").read_text()
+def page_of(folder):
+    report.report(folder)
+    return (folder / "report.html").read_text()
+
+
+def run_of(folder, label="SDPO"):
+    (run,) = [run for run in report.load_runs(folder) if run.label == label]
+    return run
 
 
 def verdicts(folder):
@@ -52,7 +54,7 @@ def verdicts(folder):
 RIGHT, WRONG = (1,) * 40, (0,) * 30 + (1,) * 10
 
 
-def test_the_names_of_the_readme(tmp_path, monkeypatch, capsys):
+def test_the_names_of_the_readme(tmp_path, capsys):
     """A run is what its config says: runs/grpo_8b is GRPO, runs/sdpo_8b SDPO, and so on."""
     train(tmp_path / "grpo_8b", "grpo", RIGHT, text="Wait, maybe 3.")
     train(tmp_path / "sdpo_8b", "sdpo", WRONG)
@@ -72,15 +74,15 @@ def test_the_names_of_the_readme(tmp_path, monkeypatch, capsys):
     assert holds["Figure 6: more, if the teacher follows"] == "yes"
     assert holds["Table 2: SFT on d_ug keeps the score"] == "yes"
     assert holds["Table 2: SFT on d_sg loses it"] == "yes"
-    said, page = made(tmp_path, monkeypatch, capsys)
-    assert "GRPO 1.000 ± 0.000 q ≈ Base 1.000 ± 0.000 q (step 1)" in said
-    assert "<h2>Remedies" in page and "<h2>Answers" in page and "srpo" in page
+    page = page_of(tmp_path)
+    assert "GRPO 1.000 ± 0.000 q ≈ Base 1.000 ± 0.000 q (step 1)" in capsys.readouterr().out
+    assert "<h2>Remedies" in page and "<h2>Answers" in page and "srpo, 1.0" in page
 
 
 def test_only_equal_flags_at_a_common_step_stand_in_a_claim(tmp_path):
     train(tmp_path / "sdpo", "sdpo", WRONG, training=(0.5,) * 3)
     train(tmp_path / "grpo", "grpo", RIGHT, questions_per_step=12)
-    assert not any({"GRPO", "SDPO"} <= {*numbers.split()} for _, numbers in verdicts(tmp_path).values())
+    assert not any("GRPO" in ours and "SDPO" in ours for _, ours in verdicts(tmp_path).values())
     train(tmp_path / "grpo", "grpo", RIGHT, training=(0.5,) * 2)
     assert "Figure 1b: GRPO learns more than SDPO" in verdicts(tmp_path)  # training, step 2
     assert "(step 2)" in verdicts(tmp_path)["Figure 1b: GRPO learns more than SDPO"][1]
@@ -92,22 +94,29 @@ def test_a_narrow_domain_makes_its_own_claims(tmp_path):
         for script, after in (("sdpo", sdpo), ("grpo", grpo)):
             train(tmp_path / f"{data}_{script}", script, after, data=f"toy/data/{data}.jsonl",
                   benchmark=f"{data}_test")
-    assert {c: v for c, (v, _) in verdicts(tmp_path).items() if "learns" in c} == {
-        "Figure 1a: SDPO learns more than GRPO": "yes", "Figure 1b: GRPO learns more than SDPO": "yes"}
+    found = verdicts(tmp_path)
+    assert found["Figure 1a: SDPO learns more than GRPO"][0] == "yes"
+    assert found["Figure 1b: GRPO learns more than SDPO"][0] == "yes"
+    assert "SDPO 0.250" in found["Figure 1b: GRPO learns more than SDPO"][1]  # not of the narrow
     assert "demo" in report.figure_1(report.settings(report.load_runs(tmp_path)))
 
 
 def test_an_error_is_the_larger_of_that_over_seeds_and_over_questions(tmp_path):
     for seed, after in enumerate([(1, 1, 1, 1), (1, 1, 1, 0), (1, 1, 0, 0)]):
         train(tmp_path / f"seed_{seed}/a", "sdpo", after, seed=seed)
-    (run,) = [run for run in report.load_runs(tmp_path) if run.label == "SDPO"]
     # seeds: stdev(1, .75, .5) / sqrt(3) = .144; questions: stdev(1, 1, 2/3, 1/3) / 2 = .160
-    assert run.text("score", "aime24") == "0.750 ± 0.160 q"
-    assert run.text("length", "aime24") == "12 ± 1 q"
-    # training: the last five steps
-    train(tmp_path / "seed_0/a", "sdpo", (1,), training=(0.9, 0.1, 0.2, 0.3, 0.4, 0.5), lr=1)
-    (run,) = [run for run in report.load_runs(tmp_path) if run.flags.get("lr") == 1]
-    assert run.text("score", "training") == "0.300 ± 0.071 q"
+    assert run_of(tmp_path).text("score", "aime24") == "0.750 ± 0.160 q"
+    for seed in (1, 2):  # the same answers to all questions
+        train(tmp_path / f"seed_{seed}/a", "sdpo", (seed - 1,) * 4, seed=seed)
+    train(tmp_path / "seed_0/a", "sdpo", (1,) * 4)
+    assert run_of(tmp_path).text("score", "aime24") == "0.667 ± 0.333 s"
+
+
+def test_training_is_the_mean_of_the_last_five_steps(tmp_path):
+    train(tmp_path / "run", "sdpo", WRONG, training=(0.9, 0.1, 0.2, 0.3, 0.4, 0.5))
+    with open(tmp_path / "run/metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "sco')  # it is still being written
+    assert run_of(tmp_path).text("score", "training") == "0.300 ± 0.071 q"
 
 
 def test_few_and_many_questions(tmp_path):
@@ -130,22 +139,16 @@ def test_a_broken_file_is_named(tmp_path, monkeypatch, file, text):
     assert f"{file}, row 1: " in refusal(report.main)
 
 
-def test_half_a_last_row_of_metrics_is_left_out(tmp_path):
-    train(tmp_path / "run", "sdpo", WRONG, training=(0.5, 0.7))
-    with open(tmp_path / "run/metrics.jsonl", "a") as file:
-        file.write('{"step": 3, "sco')
-    (run,) = [run for run in report.load_runs(tmp_path) if run.label == "SDPO"]
-    assert run.steps("training") == [1, 2]
-
-
-def test_model_text_is_escaped(tmp_path, monkeypatch, capsys):
-    train(tmp_path / "run", "sdpo", WRONG, text="<script>alert(1)</script> wait \ud800 $x_$ \\boxed{1")
-    page = made(tmp_path, monkeypatch, capsys)[1]
-    assert "<script" not in page and "&lt;script&gt;alert(1)" in page and "<mark>wait</mark>" in page
+def test_model_text_is_escaped(tmp_path):
+    train(tmp_path / "run", "sdpo", WRONG, text="<script>alert(1)</script> wait \ud800 $x_$")
+    page = page_of(tmp_path)
+    assert "<script" not in page and "&lt;script&gt;alert(1)" in page
+    assert "<mark>wait</mark>" in page
 
 
 def test_table_6(tmp_path):
     write(tmp_path / "token_kl.json", {"1": dict(text=" wait", kl=30.0, count=100), "2": dict(
         text="Wait", kl=1.0, count=10), "3": dict(text=" waits", kl=10.0, count=100)})
     # the mean over frequent tokens: (.3 + .1) / 2
-    assert report.tokens_by_kl([tmp_path / "token_kl.json"])[1:] == [["‘ wait’", "0.300", 100, "1.5"]]
+    rows = report.tokens_by_kl([tmp_path / "token_kl.json"])[1:]
+    assert rows == [["‘ wait’", "0.300", 100, "1.5"]]
