@@ -181,6 +181,7 @@ SHADES, MARKER, WRONG = {"GRPO": "Blues", "SDPO": "Oranges"}, "#7a3fb0", "#c6282
 matplotlib.rcParams.update({
     "font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "axes.titlesize": "medium", "axes.titlelocation": "left", "grid.alpha": 0.25,
+    "text.parse_math": False,  # a model's text may hold $
     "axes.prop_cycle": matplotlib.cycler(
         color="#7a3fb0 #2a8a3e #b3872c #c2316f #1a9aa0 #6b4c3b #8a8f00 #e377c2".split())})
 
@@ -325,12 +326,13 @@ def picture(own):
     for before, after in changed_answers(own[-1])[:1]:
         boxed = re.findall(r"\\boxed\{([^{}]*)\}", after["response"])[-1:]
         wrong = rf"(?<!\w){re.escape(boxed[0])}(?!\w)" if boxed else "(?!)"
-        lines = [(None, line) for line in textwrap.wrap(before["question"].split("\n")[0], 50)]
+        lines = [(before, line) for line in textwrap.wrap(before["question"].split("\n")[0], 50)]
+        lines = lines[:4]
         for who, answer in (("Before training", before), ("After SDPO", after)):
             right = "right" if answer["correct"] else "wrong"
             lines += [(None, ""), (None, f"{who}: {right}, {answer['tokens']:,} tokens")]
-            text = [line for part in answer["response"].split("\n")
-                    for line in textwrap.wrap(part, 50)]
+            text = answer["response"].encode("utf-8", "replace").decode()  # half an emoji
+            text = [line for part in text.split("\n") for line in textwrap.wrap(part, 50)]
             text = text if len(text) < 8 else [*text[:5], "...", text[-1]]
             lines += [(answer, line) for line in text]
         for number, (answer, line) in enumerate(lines):

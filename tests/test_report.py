@@ -140,7 +140,8 @@ def test_a_broken_file_is_named(tmp_path, monkeypatch, file, text):
 
 
 def test_model_text_is_escaped(tmp_path):
-    train(tmp_path / "run", "sdpo", WRONG, text="<script>alert(1)</script> wait \ud800 $x_$")
+    for script in ("sdpo", "grpo"):  # with both there is a picture
+        train(tmp_path / script, script, WRONG, text="<script>alert(1)</script> wait \ud800 $x_$")
     page = page_of(tmp_path)
     assert "<script" not in page and "&lt;script&gt;alert(1)" in page
     assert "<mark>wait</mark>" in page
