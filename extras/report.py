@@ -129,10 +129,10 @@ def load_runs(folder):
         files += [(path / f"{context}.jsonl", 0, context, untrained, {}) for context in CONTEXTS]
         for file in path.rglob("*.jsonl") if not method else []:  # evaluate.py's
             for model in read(file.with_suffix(".json"), lambda result: Path(result["model"])):
-                files.append((file, 0, "Base", untrained, {}))
-                for who, on, flags, _ in read(model.parent.parent / "config.json", describe):
-                    flags["data"] = ", ".join(on[1:])
-                    files[-1] = file, int(model.name[5:]), who, untrained, flags
+                files.append((file, 0, "Base", untrained, {"control": flags["control"]}))
+                for who, on, own, _ in read(model.parent.parent / "config.json", describe):
+                    own["data"] = ", ".join(on[1:])
+                    files[-1] = file, int(model.name[5:]), who, untrained, own
         for file, step, *who in files:
             for benchmark, answers in read_answers(file).items() if file.exists() else []:
                 add("" if benchmark in CONTEXTS else benchmark, step, answers, seed, *who)

@@ -69,6 +69,10 @@ def test_the_names_of_the_readme(tmp_path, capsys):
         write(tmp_path / f"eval_7b/{name}/aime24.json", dict(model=place))
     write(tmp_path / "eval_7b/config.json", dict(SAME, model=["toy/model", place]))
     write(tmp_path / "eval_7b/summary.json", {})
+    write(tmp_path / "banned/config.json", dict(SAME, model=["toy/model"], control="banned"))
+    write(tmp_path / "banned/summary.json", {})
+    write(tmp_path / "banned/model/aime24.jsonl", *answers("aime24", WRONG, "So 3."))
+    write(tmp_path / "banned/model/aime24.json", dict(model="toy/model"))
     holds = {claim: verdict for claim, (verdict, _) in verdicts(tmp_path).items()}
     assert holds["Figure 3: GRPO keeps the score"] == holds["Figure 3: SDPO loses it"] == "yes"
     assert holds["Figure 6: more, if the teacher follows"] == "yes"
