@@ -295,12 +295,12 @@ and falls where each question needs its own search. It is short in both."""
         own = {s.domain: s for s in sorted(everything, key=lambda s: s.fresh == "in")
                if s.model == model and s.domain is not None and {"GRPO", "SDPO"} <= s.arms.keys()}
         own = [own[domain] for domain in DOMAINS if domain in own]
-        rows = [[DOMAINS[s.domain].replace("\n", " "), *row] for s in own
+        rows = [[DOMAINS[s.domain].replace("\n", " ").split(": ")[-1], *row] for s in own
                 for row in table(filter(None, map(s.arms.get, COLOURS)), s.fresh)[1:]]
         if own:
             caption = "demo" if {"narrow", ""} <= {s.domain for s in own} else model
             found[caption] = picture(own)
-            found[f"{model}, fresh questions"] = [["a question needs", *table([], "")[0]], *rows]
+            found[f"{model}, fresh questions"] = [["the domain", *table([], "")[0]], *rows]
     return found
 
 def changed_answers(s):
