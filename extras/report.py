@@ -4,7 +4,7 @@
 
 A run is what its config.json says, never what its folder is called. After the reading comes a
 function for each figure or table, in the paper's order: its docstring is its title and its sentence
-on the page; of the runs of a setting s it makes a list of figures and tables.
+on the page; of the runs of a setting s it yields figures and tables.
 """
 import argparse
 import html
@@ -61,16 +61,15 @@ class Run:
         return f"{mean:,.{digits}f}" + (f" ± {error:,.{digits}f} {over}" if over else "")
 
 def read(path, use):
-    """[use(object)] of each line of a file."""
-    found = []
+    """Yields use(object) of each line of a file."""
     for number, row in enumerate(path.read_bytes().splitlines(True), 1):
         if path.name == "metrics.jsonl" and not row.endswith(b"\n"):
-            break  # it is still being written
+            return  # it is still being written
         try:
-            found.append(use(json.loads(row, strict=False)))  # a model's text may hold raw tabs
+            found = use(json.loads(row, strict=False))  # a model's text may hold raw tabs
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}, row {number}: {error!r}") from None
-    return found
+        yield found
 
 def describe(config):
     """(method, setting, flags, seed)."""
@@ -90,7 +89,7 @@ def read_answers(file):
         group = found.setdefault(row["benchmark"], {}).setdefault(row["index"], [])
         group.append(uses | {"score": row["correct"] + 0, "length": row["tokens"] + 0,
                              "epistemic": sum(uses.values()), "row": None if group else row})
-    read(file, add)
+    list(read(file, add))
     return found
 
 def read_training(path):
@@ -98,8 +97,8 @@ def read_training(path):
     ((method, setting, flags, seed),) = read(path / "config.json", describe)
     if method.startswith("SFT"):
         return  # it samples no answers
-    rows = read(path / "metrics.jsonl", lambda row: (
-        {"step": row["step"]} | {quantity: row[quantity] + 0 for quantity in NAMES}))
+    rows = [*read(path / "metrics.jsonl", lambda row: (
+        {"step": row["step"]} | {quantity: row[quantity] + 0 for quantity in NAMES}))]
     for i, row in enumerate(rows):
         five = {r["step"]: [r] for r in rows[max(i - 4, 0):i + 1]}  # one is too noisy
         yield "training", row["step"], five, seed, method, setting, flags
@@ -120,13 +119,12 @@ def read_conditions(path):
 def read_evaluation(path):
     """The same of evaluate.py: beside <benchmark>.jsonl a .json says what was evaluated."""
     for file in sorted(path.rglob("*/*.json")):
-        ((place, who),) = read(file, lambda row: (Path(row["model"]), describe(row)))
-        (_, (model, *_), flags, seed), method, step = who, "Base", 0
-        flags = {"control": flags.get("control")}
-        if place.parent.name == "checkpoints":
-            ((method, (model, data, _), flags, seed),) = read(
-                place.parents[1] / "config.json", describe)
-            flags, step = flags | {"data": data}, int(place.name[5:])
+        (place,) = read(file, lambda row: Path(row["model"]))
+        trained = place.parent.name == "checkpoints"  # of a run, whose config.json says the rest
+        config = place.parents[1] / "config.json" if trained else file
+        ((method, (model, data, _), flags, seed),) = read(config, describe)
+        method, step = (method, int(place.name[5:])) if trained else ("Base", 0)
+        flags = flags | {"data": data} if trained else {"control": flags.get("control")}
         for benchmark, answers in read_answers(file.with_suffix(".jsonl")).items():
             yield benchmark, step, answers, seed, method, (model, "", ""), flags
 
@@ -160,27 +158,25 @@ def label_runs(runs):
 Setting = namedtuple("Setting", "name arms benchmarks fresh other domain")
 
 def settings(runs):
-    """[Setting]; only runs of one setting stand in one claim."""
-    found, keys = [], sorted({run.setting for run in runs})
+    """Yields Settings; only runs of one setting stand in one claim."""
+    keys = sorted({run.setting for run in runs})
     for model, data, same in keys:
         arms = label_runs([run for run in runs if run.setting == (model, data, same)])
         names = sorted({name for run in arms.values() for name, _ in run.results})
-        fresh = next((name for name in (f"{data}_test", "in", "training") if name in names), None)
-        others = [name for name in ("ood", "aime24", *names) if name in names]
+        like = data.removesuffix("_train") + "_test", "in", "training"
+        fresh = next((name for name in like if name in names), None)
+        others = [name for name in ("ood", *names) if name in names]
         other = next((name for name in others if name not in ("", fresh, "training")), None)
         domain = next(DOMAINS[d] for d in DOMAINS if data.startswith(d)) if data else None
         name = f"{model}, trained on {data}" if data else model
-        if sum(key[:2] == (model, data) for key in keys) > 1:
-            name += f"; {same}"
-        found.append(Setting(name, arms, names, fresh, other, domain))
-    return found
+        name += f"; {same}" * (sum(key[:2] == (model, data) for key in keys) > 1)
+        yield Setting(name, arms, names, fresh, other, domain)
 
 # --- drawing -------------------------------------------------------------------------------------
 
 COLOURS = {"Base": "#777777", "GRPO": "#1f6fb4", "SDPO": "#d9600f"}
-matplotlib.rcParams.update({
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
-    "axes.titlelocation": "left", "text.parse_math": False})  # a model's text may hold $
+matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False,
+                            "axes.grid": True, "grid.alpha": 0.25, "axes.titlelocation": "left"})
 
 def panel(title, xlabel, ylabel):
     axis = Figure((4.8, 3.9), dpi=200, layout="constrained").subplots()
@@ -197,13 +193,12 @@ def draw_lines(axis, arms, benchmark, quantity, colours=COLOURS):
     axis.set_ylim(0, 1.03 if quantity == "score" else None)
 
 def curves(title, arms, benchmark, quantities=NAMES, colours=COLOURS):
-    """A figure for each quantity, of the runs that have the benchmark."""
-    figures, arms = [], {label: run for label, run in arms.items() if run.steps(benchmark)}
+    """Yields a figure for each quantity, of the runs that have the benchmark."""
+    arms = {label: run for label, run in arms.items() if run.steps(benchmark)}
     for quantity in quantities if arms else []:
         axis = panel(f"{title} ({benchmark})", "training step", NAMES[quantity])
         draw_lines(axis, arms, benchmark, quantity, colours)
-        figures.append(axis.figure)
-    return figures
+        yield axis.figure
 
 def table(arms, benchmark):
     """Where the runs end."""
@@ -242,7 +237,6 @@ def claims(s):
     learned, trained = (partial(compare, s, "score", name) for name in (s.fresh, "training"))
     many = s.domain == "diverse"  # not in a narrow domain, however many questions it has
     few = next((run.label[4:] for run in sizes(s, "SDPO") if run.differs), " few")
-    gentle = "SDPO, demonstration without think"
     shown = partial(compare, s, "epistemic", "")
     rows = [
         ("Table 1: more shown, fewer markers", shown("unguided", "without think")),
@@ -252,7 +246,7 @@ def claims(s):
         ("Figure 1b: GRPO learns more than SDPO", many and learned("GRPO", "SDPO")),
         ("Figure 3: GRPO keeps the score (56, 55)", score("GRPO", "Base", keeps=True)),
         ("Figure 3: SDPO loses it (40% lower)", score("Base", "SDPO")),
-        ("Figure 3: less, if c has no think part", score(gentle, "SDPO")),
+        ("Figure 3: less without think", score("SDPO, demonstration without think", "SDPO")),
         ("Figures 3, 4: SDPO loses markers", markers("Base", "SDPO")),
         ("Figures 3, 4: more than GRPO", markers("GRPO", "SDPO")),
         ("Figure 6: more, if the teacher follows", score("SDPO", "SDPO, ema 0.05")),
@@ -264,33 +258,33 @@ def claims(s):
         rows = [("Figure 1a: SDPO learns more than GRPO", learned("SDPO", "GRPO")),
                 ("Figure 1a: in shorter answers", compare(s, "length", s.fresh, "GRPO", "SDPO"))]
     rows = [[text, *result] for text, result in rows if result]
-    return [[["the paper's claim", "holds here", "our numbers"], *rows]] if rows else []
+    if rows:
+        yield [["the paper's claim", "holds here", "our numbers"], *rows]
 
 def tables_1_2(s):
     """Tables 1, 2: contexts, checkpoints. A solution shown makes answers short and sure; SFT on \
 such answers (d_sg), though all are right, makes the model wrong; on unguided ones (d_ug) not."""
-    return [table(s.arms, name) for name in s.benchmarks if s.domain is None]
+    for name in [] if s.domain else s.benchmarks:
+        yield table(s.arms, name)
 
 def figures_1_to_6(s):
     """Figures 1, 3 to 6, 14, 20: training. SDPO becomes short and sure: right on fresh questions \
 of a narrow domain, wrong where each question needs its own search, and on other questions."""
-    found, flags = [], {"demonstration", "ema", "top_k", "lr"}
-    drawn = {label: run for label, run in s.arms.items() if run.differs <= flags}
+    drawn = {label: run for label, run in s.arms.items()
+             if run.differs <= {"demonstration", "ema", "top_k", "lr"}}
     titles = {s.other: "other questions", s.fresh: "fresh questions"}
     for name in s.benchmarks if s.domain else []:
-        found += [*curves(titles.get(name, "questions"), drawn, name), table(s.arms, name)]
-    return found
+        yield from curves(titles.get(name, "questions"), drawn, name)
+        yield table(s.arms, name)
 
 def figures_7_8(s):
     """Figures 7, 8: few or many questions. SDPO learns few fast, and loses most of the others."""
-    found = []
     for name in s.benchmarks if len(sizes(s, "SDPO")) > 2 else []:
         for method, shades in (("GRPO", "Blues"), ("SDPO", "Oranges")):
             arms = {f"|D| {run.flags['num_questions'] or 'all'}": run for run in sizes(s, method)}
             shade = matplotlib.colormaps[shades].resampled(len(arms) + 1)  # the first is white
             colours = {label: shade(i) for i, label in enumerate(arms, 1)}
-            found += curves(method, arms, name, ["score", "length"], colours)
-    return found
+            yield from curves(method, arms, name, ["score", "length"], colours)
 
 def figures_9_11(s):
     """Figures 9 to 11: each marker. A solution shown makes all of them rare, and so does SDPO."""
@@ -298,7 +292,7 @@ def figures_9_11(s):
     arms = [run for run in s.arms.values() if run.steps(benchmark) and not run.differs]
     rows = [[marker, *(f"{run.value(marker, benchmark)[0]:.2f}" for run in arms)]
             for marker in epistemic.MARKERS]
-    return [[["uses an answer", *(run.label for run in arms)], *rows]] if arms else []
+    yield from [[["uses an answer", *(run.label for run in arms)], *rows]] if arms else []
 
 def table_6(file):
     """Of token_kl.py's file. What is frequent is ours: the paper's rarest variant has 25."""
@@ -318,10 +312,11 @@ def remedies(s):
     for method in dict.fromkeys(run.method for run in arms.values()):
         own = [run for run in arms.values() if run.method == method]
         own.sort(key=lambda run: run.flags.get("strength"))
-        axis.plot([run.value("length", s.other)[0] for run in own],
-                  [run.value("score", s.other)[0] for run in own], "o-",
-                  color=COLOURS.get(method), label=method)
-    return [axis.figure, table(arms, s.other)] if len(axis.lines) > 3 else []
+        points = [[run.value(q, s.other)[0] for run in own] for q in ("length", "score")]
+        axis.plot(*points, "o-", color=COLOURS.get(method), label=method)
+    if len(axis.lines) > 3:
+        yield axis.figure
+        yield table(arms, s.other)
 
 def changed_answers(s):
     """[(Base's, SDPO's)] to other questions; first those that became wrong, short ones first."""
@@ -340,7 +335,8 @@ def answers(s):
         texts = [f"{'right' if answer['correct'] else 'wrong'}, {answer['tokens']:,} tokens\n\n"
                  f"{answer['response']}" for answer in pair]
         rows.append([pair[0]["question"], *texts])
-    return [rows] if len(rows) > 1 else []
+    if len(rows) > 1:
+        yield rows
 
 # --- the page ------------------------------------------------------------------------------------
 
@@ -366,7 +362,7 @@ def show(item, file):
 
 def report(folder):
     """Writes the page; prints the claims."""
-    found, page = settings(load_runs(folder)), PAGE
+    found, page = [*settings(load_runs(folder))], PAGE
     (folder / "figures").mkdir(exist_ok=True)
     for section in SECTIONS:
         title, sentence = section.__doc__.split(". ", 1)
