@@ -22,7 +22,6 @@ from matplotlib.figure import Figure
 import epistemic
 
 NAMES = {"score": "score", "length": "tokens an answer", "epistemic": "markers an answer"}
-CONTEXTS = ["unguided", "without_think", "regenerated", "full", "uncertain"]
 SAME = """questions_per_step minibatch_questions rollouts temperature max_prompt_tokens
     max_response_tokens warmup_steps""".split()  # flags that all runs of a setting share
 USUAL = {"demonstration": "full", "ema": 0.0, "top_k": 100, "alpha": 0.5, "clip_low": 0.2,
@@ -45,11 +44,10 @@ class Run:
 
     def value(self, quantity, benchmark, step=None):
         """(mean, the larger of its standard errors, over what), at a step or at the last."""
-        step = self.steps(benchmark)[-1] if step is None else step
+        step = self.steps(benchmark)[-1] if step is None or self.method == "Base" else step
         seeds = self.results[benchmark, step].values()
-        means = [fmean(answer[quantity] for group in seed.values() for answer in group)
-                 for seed in seeds]
-        asked = [fmean(answer[quantity] for seed in seeds for answer in seed.get(question, []))
+        means = [fmean(a[quantity] for group in seed.values() for a in group) for seed in seeds]
+        asked = [fmean(a[quantity] for seed in seeds for a in seed.get(question, []))
                  for question in [*seeds][0]]  # the answers to one question are not independent
         errors = [(stdev(values) / len(values) ** 0.5, over)
                   for values, over in ((means, "s"), (asked, "q")) if len(values) > 1]
@@ -112,7 +110,7 @@ def read_training(path):
 def read_conditions(path):
     """The same of generate_conditions.py; its questions are the benchmark ""."""
     ((_, (model, *_), _, seed),) = read(path / "config.json", describe)
-    for context in CONTEXTS:
+    for context in "unguided", "without_think", "regenerated", "full", "uncertain":
         for answers in read_answers(path / f"{context}.jsonl").values():
             yield "", 0, answers, seed, context, (model, "", ""), {}
 
@@ -153,8 +151,7 @@ def label_runs(runs):
     runs.sort(key=lambda run: ([*COLOURS, run.method].index(run.method), len(run.differs)))
     return {run.label: run for run in runs}
 
-# arms: its runs, {label: run}; fresh: the benchmark of new questions like those of the training,
-# else "training"; other: that of other questions; domain: of DOMAINS, None without a training
+# fresh: the benchmark of new questions like those of the training; other: that of other questions
 Setting = namedtuple("Setting", "name arms benchmarks fresh other domain")
 
 def settings(runs):
@@ -165,8 +162,7 @@ def settings(runs):
         names = sorted({name for run in arms.values() for name, _ in run.results})
         like = data.removesuffix("_train") + "_test", "in", "training"
         fresh = next((name for name in like if name in names), None)
-        others = [name for name in ("ood", *names) if name in names]
-        other = next((name for name in others if name not in ("", fresh, "training")), None)
+        other = next((name for name in names if name not in ("", fresh, "training")), None)
         domain = next(DOMAINS[d] for d in DOMAINS if data.startswith(d)) if data else None
         name = f"{model}, trained on {data}" if data else model
         name += f"; {same}" * (sum(key[:2] == (model, data) for key in keys) > 1)
@@ -175,29 +171,25 @@ def settings(runs):
 # --- drawing -------------------------------------------------------------------------------------
 
 COLOURS = {"Base": "#777777", "GRPO": "#1f6fb4", "SDPO": "#d9600f"}
-matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False,
-                            "axes.grid": True, "grid.alpha": 0.25, "axes.titlelocation": "left"})
+matplotlib.rcParams.update({
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
+    "figure.figsize": (4.8, 3.9), "figure.dpi": 200, "figure.constrained_layout.use": True})
 
-def panel(title, xlabel, ylabel):
-    axis = Figure((4.8, 3.9), dpi=200, layout="constrained").subplots()
-    axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    return axis
-
-def draw_lines(axis, arms, benchmark, quantity, colours=COLOURS):
+def draw_lines(axis, arms, benchmark, quantity):
     """The mean over the steps, with its standard error."""
     for label, run in arms.items():
         steps = run.steps(benchmark)
         means, errors, _ = zip(*[run.value(quantity, benchmark, step) for step in steps])
-        axis.errorbar(steps, means, errors, color=colours.get(label), label=label, lw=2.5,
-                      elinewidth=1, marker="o" if len(steps) < 10 else None)
+        axis.errorbar(steps, means, errors, color=COLOURS.get(run.label), label=label, marker=".")
     axis.set_ylim(0, 1.03 if quantity == "score" else None)
 
-def curves(title, arms, benchmark, quantities=NAMES, colours=COLOURS):
+def curves(title, arms, benchmark, quantities=NAMES):
     """Yields a figure for each quantity, of the runs that have the benchmark."""
     arms = {label: run for label, run in arms.items() if run.steps(benchmark)}
     for quantity in quantities if arms else []:
-        axis = panel(f"{title} ({benchmark})", "training step", NAMES[quantity])
-        draw_lines(axis, arms, benchmark, quantity, colours)
+        axis = Figure().subplots()
+        axis.set(title=title, xlabel="training step", ylabel=NAMES[quantity])
+        draw_lines(axis, arms, benchmark, quantity)
         yield axis.figure
 
 def table(arms, benchmark):
@@ -217,13 +209,12 @@ def compare(s, quantity, benchmark, more, less, keeps=False):
     runs = [s.arms[label] for label in (more, less) if label in s.arms]
     steps = [set(run.steps(benchmark)) for run in runs if run.method != "Base"]
     last = max(set.intersection(*steps), default=0) if len(runs) == 2 else 0
-    if not last and benchmark or len(runs) < 2 or not all(run.steps(benchmark) for run in runs):
+    if len(runs) < 2 or benchmark and not last or not all(run.steps(benchmark) for run in runs):
         return []
-    at = [0 if run.method == "Base" else last for run in runs]
-    (a, error, _), (b, noise, _) = (run.value(quantity, benchmark, i) for run, i in zip(runs, at))
+    (a, error, _), (b, noise, _) = (run.value(quantity, benchmark, last) for run in runs)
     sign = "≈" if not abs(a - b) > 2 * math.hypot(error, noise) else ">" if a > b else "<"
     verdict = "no" if sign == "<" else "yes" if keeps or sign == ">" else "too close"
-    texts = [f"{run.label} {run.text(quantity, benchmark, i)}" for run, i in zip(runs, at)]
+    texts = [f"{run.label} {run.text(quantity, benchmark, last)}" for run in runs]
     return [verdict, f"{texts[0]} {sign} {texts[1]}" + f" (step {last})" * (last > 0)]
 
 def sizes(s, method):
@@ -237,10 +228,9 @@ def claims(s):
     learned, trained = (partial(compare, s, "score", name) for name in (s.fresh, "training"))
     many = s.domain == "diverse"  # not in a narrow domain, however many questions it has
     few = next((run.label[4:] for run in sizes(s, "SDPO") if run.differs), " few")
-    shown = partial(compare, s, "epistemic", "")
     rows = [
-        ("Table 1: more shown, fewer markers", shown("unguided", "without think")),
-        ("Table 1: all shown, fewer still", shown("without think", "full")),
+        ("Table 1: c costs markers", compare(s, "epistemic", "", "unguided", "without think")),
+        ("Table 1: all of c costs more", compare(s, "epistemic", "", "without think", "full")),
         ("Table 2: SFT on d_ug keeps the score (51, 55)", score("SFT on d ug", "Base", keeps=True)),
         ("Table 2: SFT on d_sg loses it (20, 55)", score("Base", "SFT on d sg")),
         ("Figure 1b: GRPO learns more than SDPO", many and learned("GRPO", "SDPO")),
@@ -268,23 +258,19 @@ such answers (d_sg), though all are right, makes the model wrong; on unguided on
         yield table(s.arms, name)
 
 def figures_1_to_6(s):
-    """Figures 1, 3 to 6, 14, 20: training. SDPO becomes short and sure: right on fresh questions \
-of a narrow domain, wrong where each question needs its own search, and on other questions."""
+    """Figures 1, 3 to 6, 14: training. SDPO turns short and sure: wrong but in a narrow domain."""
     drawn = {label: run for label, run in s.arms.items()
              if run.differs <= {"demonstration", "ema", "top_k", "lr"}}
-    titles = {s.other: "other questions", s.fresh: "fresh questions"}
     for name in s.benchmarks if s.domain else []:
-        yield from curves(titles.get(name, "questions"), drawn, name)
+        yield from curves(name, drawn, name)
         yield table(s.arms, name)
 
 def figures_7_8(s):
     """Figures 7, 8: few or many questions. SDPO learns few fast, and loses most of the others."""
     for name in s.benchmarks if len(sizes(s, "SDPO")) > 2 else []:
-        for method, shades in (("GRPO", "Blues"), ("SDPO", "Oranges")):
+        for method in ("GRPO", "SDPO"):
             arms = {f"|D| {run.flags['num_questions'] or 'all'}": run for run in sizes(s, method)}
-            shade = matplotlib.colormaps[shades].resampled(len(arms) + 1)  # the first is white
-            colours = {label: shade(i) for i, label in enumerate(arms, 1)}
-            yield from curves(method, arms, name, ["score", "length"], colours)
+            yield from curves(f"{method}: {name}", arms, name, ["score", "length"])
 
 def figures_9_11(s):
     """Figures 9 to 11: each marker. A solution shown makes all of them rare, and so does SDPO."""
@@ -292,7 +278,8 @@ def figures_9_11(s):
     arms = [run for run in s.arms.values() if run.steps(benchmark) and not run.differs]
     rows = [[marker, *(f"{run.value(marker, benchmark)[0]:.2f}" for run in arms)]
             for marker in epistemic.MARKERS]
-    yield from [[["uses an answer", *(run.label for run in arms)], *rows]] if arms else []
+    if arms:
+        yield [["uses an answer", *(run.label for run in arms)], *rows]
 
 def table_6(file):
     """Of token_kl.py's file. What is frequent is ours: the paper's rarest variant has 25."""
@@ -308,7 +295,8 @@ def remedies(s):
     """Remedies: score and length on other questions. Wanted: top left. A line joins strengths."""
     arms = {label: run for label, run in s.arms.items() if run.steps(s.other)
             and (label in COLOURS or "strength" in run.flags)}
-    axis = panel(s.other, "tokens an answer", "score")
+    axis = Figure().subplots()
+    axis.set(title=s.other, xlabel=NAMES["length"], ylabel=NAMES["score"])
     for method in dict.fromkeys(run.method for run in arms.values()):
         own = [run for run in arms.values() if run.method == method]
         own.sort(key=lambda run: run.flags.get("strength"))
@@ -321,7 +309,7 @@ def remedies(s):
 def changed_answers(s):
     """[(Base's, SDPO's)] to other questions; first those that became wrong, short ones first."""
     runs = [s.arms[method] for method in ("Base", "SDPO") if method in s.arms]
-    if s.domain is None or len(runs) < 2 or not all(run.steps(s.other) for run in runs):
+    if len(runs) < 2 or not all(run.steps(s.other) for run in runs):
         return []
     before, after = ([*run.results[s.other, run.steps(s.other)[-1]].values()][0] for run in runs)
     pairs = [(before[i][0]["row"], after[i][0]["row"]) for i in before if i in after]
@@ -344,9 +332,8 @@ SECTIONS = claims, tables_1_2, figures_1_to_6, figures_7_8, figures_9_11, remedi
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Self-distillation</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1360px; margin: auto; padding: 0 1em }
-section { display: flex; flex-wrap: wrap; gap: 1em 2em } section > * { max-width: 100% }
-img { width: 420px } div { overflow-x: auto } mark { background: #ffd54d }
-td { padding: .2em .8em .2em 0; vertical-align: top; white-space: pre-wrap }
+section { display: flex; flex-wrap: wrap; gap: 1em } section > * { max-width: 100%; overflow: auto }
+img { width: 420px } td { padding-right: 1em; vertical-align: top; white-space: pre-wrap }
 </style><h1>Self-distillation, measured</h1><p>±: the larger standard error of that over seeds (s)
 and that over questions (q), in training over five steps. Base: before training.</p>"""
 
