@@ -228,9 +228,10 @@ def claims(s):
     learned, trained = (partial(compare, s, "score", name) for name in (s.fresh, "training"))
     many = s.domain == "diverse"  # not in a narrow domain, however many questions it has
     few = next((run.label[4:] for run in sizes(s, "SDPO") if run.differs), " few")
+    shown = partial(compare, s, "epistemic", "")
     rows = [
-        ("Table 1: c costs markers", compare(s, "epistemic", "", "unguided", "without think")),
-        ("Table 1: all of c costs more", compare(s, "epistemic", "", "without think", "full")),
+        ("Table 1: part of a solution, fewer markers", shown("unguided", "without think")),
+        ("Table 1: all of it, fewer still", shown("without think", "full")),
         ("Table 2: SFT on d_ug keeps the score (51, 55)", score("SFT on d ug", "Base", keeps=True)),
         ("Table 2: SFT on d_sg loses it (20, 55)", score("Base", "SFT on d sg")),
         ("Figure 1b: GRPO learns more than SDPO", many and learned("GRPO", "SDPO")),
@@ -258,11 +259,12 @@ such answers (d_sg), though all are right, makes the model wrong; on unguided on
         yield table(s.arms, name)
 
 def figures_1_to_6(s):
-    """Figures 1, 3 to 6, 14: training. SDPO turns short and sure: wrong but in a narrow domain."""
+    """Figures 1, 3 to 6, 14: training. SDPO becomes short and sure: right in a narrow domain only."""
     drawn = {label: run for label, run in s.arms.items()
-             if run.differs <= {"demonstration", "ema", "top_k", "lr"}}
+             if label != "Base" and run.differs <= {"demonstration", "ema", "top_k", "lr"}}
     for name in s.benchmarks if s.domain else []:
-        yield from curves(name, drawn, name)
+        title = f"other questions ({name})" if name == s.other else name
+        yield from curves(title, drawn, name)
         yield table(s.arms, name)
 
 def figures_7_8(s):
@@ -318,13 +320,10 @@ def changed_answers(s):
 
 def answers(s):
     """Answers side by side. Other questions; first those that SDPO gets wrong."""
-    rows = [["the question", "Base", "SDPO"]]
     for pair in changed_answers(s)[:3]:
         texts = [f"{'right' if answer['correct'] else 'wrong'}, {answer['tokens']:,} tokens\n\n"
                  f"{answer['response']}" for answer in pair]
-        rows.append([pair[0]["question"], *texts])
-    if len(rows) > 1:
-        yield rows
+        yield [["the question", "Base", "SDPO"], [pair[0]["question"], *texts]]
 
 # --- the page ------------------------------------------------------------------------------------
 
@@ -332,8 +331,8 @@ SECTIONS = claims, tables_1_2, figures_1_to_6, figures_7_8, figures_9_11, remedi
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Self-distillation</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1360px; margin: auto; padding: 0 1em }
-section { display: flex; flex-wrap: wrap; gap: 1em } section > * { max-width: 100%; overflow: auto }
-img { width: 420px } td { padding-right: 1em; vertical-align: top; white-space: pre-wrap }
+img { width: 420px; max-width: 100% } div { overflow-x: auto } tr:first-child { font-weight: bold }
+td { padding-right: 1em; vertical-align: top; white-space: pre-wrap }
 </style><h1>Self-distillation, measured</h1><p>±: the larger standard error of that over seeds (s)
 and that over questions (q), in training over five steps. Base: before training.</p>"""
 
@@ -357,7 +356,7 @@ def report(folder):
             items = [show(item, folder / f"figures/{section.__name__}_{i}_{j}.png")
                      for j, item in enumerate(section(s))]
             if items:
-                page += f"<h2>{title}: {html.escape(s.name)}</h2><p>{sentence}</p>"
+                page += f"<h2>{title} ({html.escape(s.name)})</h2><p>{sentence}</p>"
                 page += f"<section>{''.join(items)}</section>"
     for file in sorted(folder.rglob("token_kl.json")):
         page += f"<h2>Table 6: {html.escape(str(file))}</h2>" + show(table_6(file), None)

@@ -13,8 +13,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import epistemic
 from extras.report import COLOURS, changed_answers, draw_lines, load_runs, settings
@@ -69,9 +68,9 @@ def main():
     folder = parser.parse_args().folder
     try:
         found = {s.domain: s for s in settings(load_runs(folder)) if "GRPO" in s.arms}
-        if not all(domain in found and "SDPO" in found[domain].arms for domain in TITLES):
+        pairs = changed_answers(found["diverse"]) if "diverse" in found else []
+        if not pairs or "narrow" not in found or "SDPO" not in found["narrow"].arms:
             raise ValueError(f"{folder}: no GRPO and SDPO on narrow and on diverse questions")
-        pairs = changed_answers(found["diverse"])
     except (OSError, ValueError) as error:
         parser.error(str(error))
     matplotlib.rcParams.update({
