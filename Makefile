@@ -12,27 +12,33 @@ PYTEST := $(QUIET) $(TESTS)/bin/python -m pytest -q -rs -p no:cacheprovider
 JOBS := $(if $(GPU),1,2)
 RUN := $(QUIET) OMP_NUM_THREADS=1 .venv/bin/python
 
-# What the demo runs: the scripts at the toy's size, with the rates of toy/study.py.
+# The demo is Figure 1 in miniature, then Tables 1 and 2; the rates are those of toy/study.py.
 DEMO := runs/demo
 TOY := --max_response_tokens 320 --model toy/model
-# |D| = 512: 40 steps of 12 questions use each at most once; |D| = 8: each 60 times (Sec. 6.2)
-TRAIN := $(TOY) --data toy/data/coverage.jsonl --steps 40 --save_every 20 \
-    --eval_data toy/data/coverage_test.jsonl toy/data/ood.jsonl --questions_per_step 12 \
-    --minibatch_questions 12 --warmup_steps 3 --tokens_per_micro_batch 8192 --no-recompute_layers
+TRAIN := $(TOY) --num_questions 512 --warmup_steps 3 --save_every 10 --tokens_per_micro_batch 8192 \
+    --no-recompute_layers
+NARROW := $(TRAIN) --data toy/data/narrow.jsonl --eval_data toy/data/narrow_test.jsonl \
+    toy/data/ood.jsonl --steps 20 --questions_per_step 12 --minibatch_questions 12
+DIVERSE := $(TRAIN) --data toy/data/coverage.jsonl --eval_data toy/data/coverage_test.jsonl \
+    toy/data/ood.jsonl --steps 40 --questions_per_step 8 --minibatch_questions 8
 
 .PHONY: demo study coverage controls opsd remedies test quick test-kill test-readme
 demo: .venv/installed
-	@echo "Five contexts, SFT on two sets, GRPO and SDPO on a 1M-parameter model: 6 to 12 minutes on"
-	@echo "two CPU cores. Then Tables 1 and 2, the curves, and a picture in runs/demo/report.png."
+	@echo "GRPO and SDPO on a narrow and on a diverse domain, five contexts, SFT on two sets: a model"
+	@echo "of 1M parameters, 6 to 12 minutes on two CPU cores. Then the tables, a page, a picture."
 	rm -rf $(DEMO)
-	$(MAKE) --no-print-directory -j $(JOBS) $(DEMO)/grpo $(DEMO)/sft/eval $(DEMO)/sdpo $(DEMO)/sdpo_8
-	.venv/bin/python report.py $(DEMO)
-$(DEMO)/grpo:
-	$(RUN) grpo.py $(TRAIN) --num_questions 512 --lr 5e-5 --run_dir $@
-$(DEMO)/sdpo:
-	$(RUN) sdpo.py $(TRAIN) --num_questions 512 --lr 1e-4 --run_dir $@
-$(DEMO)/sdpo_8:
-	$(RUN) sdpo.py $(TRAIN) --num_questions 8 --lr 1e-4 --run_dir $@
+	$(MAKE) --no-print-directory -j $(JOBS) $(DEMO)/diverse_grpo $(DEMO)/sft/eval \
+	    $(DEMO)/diverse_sdpo $(DEMO)/narrow_grpo $(DEMO)/narrow_sdpo
+	.venv/bin/python -m extras.report $(DEMO)
+	.venv/bin/python toy/picture.py $(DEMO)
+$(DEMO)/narrow_grpo:
+	$(RUN) grpo.py $(NARROW) --lr 5e-5 --run_dir $@
+$(DEMO)/narrow_sdpo:
+	$(RUN) sdpo.py $(NARROW) --lr 1e-4 --run_dir $@
+$(DEMO)/diverse_grpo:
+	$(RUN) grpo.py $(DIVERSE) --lr 5e-5 --run_dir $@
+$(DEMO)/diverse_sdpo:
+	$(RUN) sdpo.py $(DIVERSE) --lr 1e-4 --run_dir $@
 $(DEMO)/conditions:
 	$(RUN) generate_conditions.py $(TOY) --data toy/data/train.jsonl --accuracy 0.125 1 \
 	    --temperature 1 --top_p 1 --top_k 0 --num_questions 45 --sft_examples 96 \

@@ -1,148 +1,208 @@
-"""What fits which GPUs, and hours a step: the arithmetic, and how far the measurements are from it.
+"""What fits which GPU, and hours a step: computed, no GPU needed.
 
-    python benchmarks/memory.py          # README.md's hardware table: computed, no GPU needed
+    python benchmarks/memory.py          # the tables of README.md
 
-A rank's GPU holds, in turn (sdpo.py: sleep, with_gradients, load_teacher, free):
-    sampling   the student's weights, and vLLM within its --gpu_memory_utilization: weights, KV
-               cache, and OVERHEAD for CUDA graphs and the room that its profile keeps free
-    update     weights, gradients and (sdpo) the teacher; the activations of one micro-batch, or the
-               second set of gradients while DDP builds its buckets anew (after its first
-               all-reduce, no activations then); what vLLM keeps while it sleeps
-AdamW's state is in CPU memory, 14 bytes a parameter divided among the ranks of all nodes; --ema
-adds 4. GB are 1e9 bytes. A "GPU of 80 GB" has 85: its name counts GiB.
+A rank's GPU holds, in turn (sdpo.py's main):
+    sampling   the student's weights; vLLM: within --gpu_memory_utilization its weights, its largest
+               forward (PROFILE) and the KV cache, beside it CUDA's context and graphs (GRAPHS)
+    update     weights, gradients and (sdpo.py) the teacher; the activations of one micro-batch, or
+               a second set of gradients while DDP makes its buckets, when there are no activations;
+               what vLLM keeps while it sleeps (ASLEEP)
+AdamW's state is in CPU memory (sdpo.MasterAdamW). GB are 1e9 bytes.
 """
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from update import config_of, flops, forward_flops, parameters
-
 GB = 1e9
-GPUS = {80: (85.0 * GB, 3.35e12), 141: (150.0 * GB, 4.8e12)}  # name: bytes, and bytes a second
-OVERHEAD = 4 * GB  # of vLLM, beyond weights and KV cache: 3 to 4 measured
-ASLEEP = 4 * GB  # while vLLM sleeps: CUDA context, graphs, NCCL; so that 68 GB come out
-RESERVE = 2 * GB  # what torch's allocator cannot use, in pieces
-CHUNK = 512  # positions through the head at once (sdpo.CHUNK)
+SHAPES = {  # hidden, MLP, layers, heads, key-value heads, head size, vocabulary, tied
+    "qwen3-0.6b": (1024, 3072, 28, 16, 8, 128, 151936, True),
+    "qwen3-1.7b": (2048, 6144, 28, 16, 8, 128, 151936, True),
+    "qwen3-4b": (2560, 9728, 36, 32, 8, 128, 151936, True),
+    "qwen3-8b": (4096, 12288, 36, 32, 8, 128, 151936, False),
+}
+GPUS = {  # name's GB: memory, bytes a second, bfloat16 FLOP/s without sparsity, of the data sheets
+    24: (25.7 * GB, 1.01e12, 165e12),  # RTX 4090
+    48: (48.3 * GB, 0.86e12, 362e12),  # L40S
+    80: (85.5 * GB, 3.35e12, 989e12),  # H100
+    141: (150.7 * GB, 4.8e12, 989e12),  # H200
+}
+# From one run, Qwen3-8B at b6a9df5 on an H200 (README.md): of vLLM's 59.9 GB 16.4 were weights and
+# 41.3 cache; while it sampled 78.5 GB were taken, 16.4 of them the student's; an update whose
+# largest micro-batch had 16,400 tokens took 65.3.
+PROFILE, GRAPHS, ASLEEP = 2.2 * GB, 2.2 * GB, 3.8 * GB
+RESERVE = 1 * GB  # what torch's allocator cannot use, in pieces
+UPDATE_EFFICIENCY = 0.295 * 761 / 989  # of the data sheet's FLOP/s, compilation inside
+DECODE_EFFICIENCY = 16.4e9 / (3.1 / 512) / 4.8e12  # of its bytes a second: 512 steps in 3.1 s
+CHUNK, RUNNING = 512, 256  # sdpo.CHUNK; answers that vLLM decodes at once (max_num_seqs)
+PROMPT, BUDGET = 2048, 24576  # --max_prompt_tokens, --tokens_per_micro_batch
 
-# What the hours are computed from. Measured at commit f0305a4 on one H100 (README.md): an 8B update
-# runs at 51.6% of 771 TFLOP/s, and one decoding step of 32 short answers takes 8.2 ms: 16.4 GB of
-# weights at 2.0 TB/s, 60% of the memory's rate. Nobody has timed rollouts of 10,000 tokens.
-UPDATE_RATE = 0.516 * 771e12
-DECODE_SHARE = 0.60
-QUESTIONS, ROLLOUTS, LENGTH = 256, 8, 10_000  # Table 8's batch, at answers of about 10,000 tokens
+# --- a model -------------------------------------------------------------------------------------
 
-def total(config):
-    """Parameters; tied embeddings count once."""
+def config_of(name):
+    """The configuration of a shape's name or of a model's folder."""
+    from transformers import AutoConfig, Qwen3Config
+    if name not in SHAPES:
+        return AutoConfig.from_pretrained(name)
+    hidden, mlp, layers, heads, kv, size, vocabulary, tied = SHAPES[name]
+    return Qwen3Config(
+        hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, head_dim=size,
+        num_attention_heads=heads, num_key_value_heads=kv, vocab_size=vocabulary,
+        tie_word_embeddings=tied, max_position_embeddings=65536, bos_token_id=None,
+        eos_token_id=2, pad_token_id=0, architectures=["Qwen3ForCausalLM"])  # ids: the toy's
+
+def parameters(config):
+    """(all but embeddings and head, head) of Qwen3's shape."""
+    c, kv = config, config.num_key_value_heads * config.head_dim
+    attention = 2 * c.hidden_size * (c.num_attention_heads * c.head_dim + kv) + 2 * c.head_dim
+    layer = attention + 3 * c.hidden_size * c.intermediate_size + 2 * c.hidden_size
+    return layer * c.num_hidden_layers + c.hidden_size, c.vocab_size * c.hidden_size
+
+def weights(config, tied=None):
+    """Bytes in bfloat16; vLLM's embeddings are never tied (sdpo.make_engine)."""
     body, head = parameters(config)
-    return body + head * (1 if config.tie_word_embeddings else 2)
+    return 2 * (body + head * (1 if (config.tie_word_embeddings if tied is None else tied) else 2))
 
 def kv_bytes(config):
     """KV cache of a token in bfloat16."""
     return 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
 
-def activations(config, tokens):
-    """Bytes of a micro-batch's forward and backward, with --recompute_layers.
+def forward_flops(config, tokens, responses):
+    """Of a sequence: 2 a weight and token, the head on response tokens only, causal attention."""
+    c, (body, head) = config, parameters(config)
+    attention = 2 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * tokens**2
+    return 2 * body * tokens + 2 * head * responses + attention
 
-    One hidden state a layer; one layer alive, its 10 tensors as wide as the model and 4 as the MLP,
-    and half of their gradients beside them; a chunk's logits six times in float32, and the head's
-    gradient.
+def flops(config, lengths):
+    """Of an update; lengths: (prompt, response, teacher's prompt or 0) of each rollout.
+
+    A backward costs two forwards. Recomputation and padding are not counted.
+    """
+    return sum(3 * forward_flops(config, prompt + response, response)
+               + (forward_flops(config, shown + response, response) if shown else 0)
+               for prompt, response, shown in lengths)
+
+# --- what it takes -------------------------------------------------------------------------------
+
+def activations(config, student, teacher):
+    """Bytes of a micro-batch of so many tokens, with --recompute_layers.
+
+    One hidden state a layer; one layer alive: in the student's backward its 10 tensors as wide as
+    the model and 4 as the MLP, and half of their gradients, in the teacher's forward 6 and 3; a
+    chunk's logits six times in float32, and the head's gradient.
     """
     c, (_, head) = config, parameters(config)
-    kept = 2 * c.hidden_size * c.num_hidden_layers
-    layer = 2 * 1.5 * (10 * c.hidden_size + 4 * c.intermediate_size)
-    return tokens * (kept + layer) + 6 * 4 * CHUNK * c.vocab_size + 2 * head
+    layer = max(3 * student * (10 * c.hidden_size + 4 * c.intermediate_size),
+                2 * teacher * (6 * c.hidden_size + 3 * c.intermediate_size))
+    kept = 2 * student * c.hidden_size * c.num_hidden_layers
+    return kept + layer + 6 * 4 * CHUNK * c.vocab_size + 2 * head
 
-def update_bytes(config, algorithm, tokens):
-    """Peak of an update, without what vLLM keeps: weights, gradients, teacher, and activations or
-    a second set of gradients."""
+def update_bytes(config, algorithm, student, teacher):
+    """Peak of the GPU in an update whose largest micro-batch has so many tokens."""
     copies = 3 if algorithm == "sdpo" else 2
-    return copies * 2 * total(config) + max(activations(config, tokens), 2 * total(config))
+    return (copies * weights(config) + ASLEEP
+            + max(activations(config, student, teacher), weights(config)))
 
-def kv_cache(config, size, utilization):
-    """Bytes of KV cache that vLLM has with --gpu_memory_utilization."""
-    return utilization * size - 2 * total(config) - OVERHEAD
+def largest_micro_batch(algorithm, length, budget):
+    """(student's, teacher's) tokens; a rollout is never cut, a demonstration is as long."""
+    shown = length if algorithm == "sdpo" else 0
+    return max(budget, PROMPT + length), max(budget, PROMPT + shown + length)
 
-def sampling_bytes(config, size, utilization):
+def cache_bytes(config, size, utilization=0.7):
+    """KV cache that vLLM has."""
+    return utilization * size - weights(config, tied=False) - PROFILE
+
+def sampling_bytes(config, size, utilization=0.7):
     """All that is taken while vLLM samples."""
-    return 2 * total(config) + utilization * size
+    return weights(config) + utilization * size + GRAPHS
 
-def generation_hours(config, cache, bandwidth, ranks=1):
-    """Of a step's answers: each decoding step reads the weights and the cache of all that run.
+def cpu_bytes(config, ranks, ema=False):
+    """Of a node: AdamW's state, --ema's average; a rank's buffer, and 10 GB for Python and CUDA."""
+    buffer = 4 * parameters(config)[1]
+    return (18 if ema else 14) * weights(config) / 2 + ranks * (buffer + 10 * GB)
 
-    An answer takes half its length of cache, on average; at most 256 run at a time. Not counted:
-    prefill, answers that vLLM has to begin again, and the wait for the longest at the end.
+def fits(model, gpu, algorithm, length, budget=BUDGET):
+    """Update and sampling fit, and the cache holds 8 of the longest answers."""
+    config, size = config_of(model), GPUS[gpu][0]
+    peak = max(update_bytes(config, algorithm, *largest_micro_batch(algorithm, length, budget)),
+               sampling_bytes(config, size))
+    room = cache_bytes(config, size) / kv_bytes(config)
+    return peak + RESERVE <= size and room >= 8 * (PROMPT + length)
+
+# --- hours ---------------------------------------------------------------------------------------
+
+def generation_hours(config, cache, bandwidth, answers, length):
+    """Each decoding step reads the weights, and the cache of all answers that run.
+
+    An answer takes half its length of cache, on average. Not counted: prefill, answers that vLLM
+    has to begin again, and the wait for the longest at the end.
     """
-    running = min(256, QUESTIONS * ROLLOUTS / ranks, cache / (kv_bytes(config) * LENGTH / 2))
-    step = (2 * total(config) + running * kv_bytes(config) * LENGTH / 2) / bandwidth
-    return QUESTIONS * ROLLOUTS / ranks * LENGTH / running * step / 3600
+    running = min(RUNNING, answers, cache / (kv_bytes(config) * length / 2))
+    step = weights(config, tied=False) + running * kv_bytes(config) * length / 2
+    return answers * length / running * step / (DECODE_EFFICIENCY * bandwidth) / 3600
 
-def update_hours(config, algorithm, rate, ranks=1):
-    """Of a step's two updates, every rollout trained on; the second one's log-probabilities first.
+def update_hours(config, algorithm, rate, answers, length):
+    """Every answer is trained on; half of them once more, for the second mini-batch's start.
 
     The teacher sees a demonstration as long as an answer. Not counted: optimizer and all-reduce.
     """
-    shown = 100 + LENGTH if algorithm == "sdpo" else 0
-    work = flops(config, [(100, LENGTH, shown)]) + forward_flops(config, 100 + LENGTH, LENGTH) / 2
-    return QUESTIONS * ROLLOUTS * work / rate / ranks / 3600
+    shown = 100 + length if algorithm == "sdpo" else 0
+    work = flops(config, [(100, length, shown)]) + forward_flops(config, 100 + length, length) / 2
+    return answers * work / (UPDATE_EFFICIENCY * rate) / 3600
 
-def cpu_bytes(config, ranks, ema=False):
-    """Of a node: AdamW's state, --ema's average, and 10 GB a rank for python, CUDA, vLLM."""
-    return (18 if ema else 14) * total(config) + ranks * 10 * GB
+def hours(model, gpu, algorithm, answers, length):
+    """(sampling, update) of a step with so many answers a GPU, of so many tokens in the mean."""
+    config, (size, bandwidth, rate) = config_of(model), GPUS[gpu]
+    cache = cache_bytes(config, size)
+    return (generation_hours(config, cache, bandwidth, answers, length),
+            update_hours(config, algorithm, rate, answers, length))
 
-def disk_bytes(config):
-    """(weights, trainer's state) of a checkpoint: 2 bytes a parameter; master and moments, 12."""
-    return 2 * total(config), 12 * total(config)
+# --- tables --------------------------------------------------------------------------------------
 
-def utilization_that_fits(config, size):
-    """The largest --gpu_memory_utilization in steps of 0.05 up to 0.85, 0 for none."""
-    for hundredths in range(85, 0, -5):
-        if sampling_bytes(config, size, hundredths / 100) + RESERVE <= size:
-            return hundredths / 100
-    return 0.0
+def two_digits(number):
+    """The rates are known no better."""
+    return f"{float(f'{number:.2g}'):,g}"
 
-MEASURED = [  # at f0305a4: what, GB measured, GB computed
-    ("8B SDPO update, micro-batches of 24,576 tokens, offloaded (torch)", 61.1 * 2**30,
-     lambda: update_bytes(config_of("qwen3-8b"), "sdpo", 24576)),
-    ("8B SDPO update, 20,480 tokens an answer (whole GPU)", 68 * GB,
-     lambda: update_bytes(config_of("qwen3-8b"), "sdpo", 20560) + ASLEEP),
-    ("8B SDPO, CPU memory of one rank", 116 * 2**30,
-     lambda: cpu_bytes(config_of("qwen3-8b"), 1)),
-]
-
-def row(model, ranks, gpu, algorithm, utilization=0.7):
-    """A line of the table."""
-    config, (size, rate) = config_of(model.lower()), GPUS[gpu]
-    peak = update_bytes(config, algorithm, 24576) + ASLEEP
-    best = utilization_that_fits(config, size)
-    fits = "yes" if best >= utilization else f"with {best}"
-    if peak + RESERVE > size or kv_cache(config, size, best) <= 0:
-        fits = "no"
-    cache = kv_cache(config, size, utilization)
-    hours = (generation_hours(config, cache, DECODE_SHARE * rate, ranks)
-             + update_hours(config, algorithm, UPDATE_RATE, ranks))
-    weights, state = disk_bytes(config)
-    cells = [model, f"{ranks} x {gpu}", f"`{algorithm}.py`", fits,
-             f"{peak / GB:.0f}", f"{cache / GB:.0f}", f"{cache / kv_bytes(config) / LENGTH:.0f}",
-             f"{cpu_bytes(config, ranks) / GB:.0f} ({cpu_bytes(config, ranks, True) / GB:.0f})",
-             f"{hours:.2g}", f"{100 * ranks * hours:,.0f}",
-             f"{weights / GB:.0f} + {state / GB:.0f}"]
+def row(model, gpu, length, budget=BUDGET):
+    """sdpo.py on one GPU: 64 questions x 8 answers, half as long as the longest in the mean."""
+    config, size = config_of(model), GPUS[gpu][0]
+    peak = update_bytes(config, "sdpo", *largest_micro_batch("sdpo", length, budget)) / GB
+    cells = [model.title(), str(gpu), "does not fit", f"{budget:,}", f"{peak:.0f}", "", "", ""]
+    if fits(model, gpu, "sdpo", length, budget):
+        step = sum(hours(model, gpu, "sdpo", 64 * 8, length / 2))
+        cells[2:3] = [f"{length:,}"]
+        cells[5:] = [f"{cache_bytes(config, size) / GB:.0f}",
+                     f"{cpu_bytes(config, 1) / GB:.0f}", two_digits(step)]
     return f"| {' | '.join(cells)} |"
 
-def main():
-    print("Computed, for --gpu_memory_utilization 0.7 and --tokens_per_micro_batch 24576.\n")
-    columns = ["model", "GPUs x GB", "script", "fits", "peak of the update, GB", "KV cache, GB",
-               "answers of 10,000 tokens in it", "CPU memory a node, GB (with --ema)",
-               "hours a step", "GPU hours for 100 steps",
-               "disk a checkpoint, GB: weights + state"]
-    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-    for model in ("Qwen3-1.7B", "Qwen3-8B"):
-        for ranks, gpu in ((1, 80), (8, 80), (1, 141), (8, 141)):
-            for algorithm in ("grpo", "sdpo"):
-                print(row(model, ranks, gpu, algorithm))
-    print("\n| measured at f0305a4 | GB measured | GB computed |\n|---|---|---|")
-    for what, measured, computed in MEASURED:
-        print(f"| {what} | {measured / GB:.1f} | {computed() / GB:.1f} |")
+def one_gpu():
+    """The longest answers that fit, of three lengths; the last row is README.md's recipe."""
+    rows = [row(model, gpu, next((length for length in (20480, 8192, 4096)
+                                  if fits(model, gpu, "sdpo", length)), 4096))
+            for model in SHAPES for gpu in GPUS]
+    return [*rows, row("qwen3-1.7b", 24, 4096, 12288)]
+
+def papers_run():
+    """256 questions x 8 answers of about 10,000 tokens a step; 100 steps."""
+    rows = []
+    for model in ("qwen3-1.7b", "qwen3-8b"):
+        for ranks, gpu in ((1, 80), (1, 141), (8, 80), (8, 141)):
+            config = config_of(model)
+            steps = [sum(hours(model, gpu, algorithm, 256 * 8 / ranks, 10_000))
+                     for algorithm in ("grpo", "sdpo")]
+            cells = [model.title(), f"{ranks} x {gpu}", *map(two_digits, steps),
+                     *(two_digits(100 * ranks * step) for step in steps),
+                     *(f"{cpu_bytes(config, ranks, ema) / GB:.0f}" for ema in (False, True)),
+                     f"{weights(config) / GB:.0f} + {6 * weights(config) / GB:.0f}"]
+            rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+TABLES = {
+    one_gpu: ["model", "GPU, GB", "longest answer", "tokens a micro-batch", "update's peak, GB",
+              "KV cache, GB", "CPU memory, GB", "hours a step"],
+    papers_run: ["model", "GPUs x GB", "hours a step: GRPO", "SDPO", "GPU hours: GRPO", "SDPO",
+                 "CPU memory a node, GB", "with `--ema`", "checkpoint, GB: weights + state"],
+}
+
+def table(make_rows):
+    columns = TABLES[make_rows]
+    return "\n".join([f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *make_rows()])
 
 if __name__ == "__main__":
-    main()
+    print("\n\n".join(map(table, TABLES)))

@@ -11,11 +11,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch: for matrices as small as th
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: it reads it once
 os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
 
-
 def pytest_configure(config):
     config.addinivalue_line("markers", "vllm: starts vLLM; `make quick` leaves it out")
     config.addinivalue_line("markers", "slow: seconds each; so does it these")
-
 
 def pytest_collection_finish(session):
     """Forks come with vLLM where a test needs it."""
@@ -24,7 +22,6 @@ def pytest_collection_finish(session):
         FORKS.set_forkserver_preload([*PRELOADED, "vllm.entrypoints.openai.api_server",
                                       "vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker"])
 
-
 @pytest.fixture
 def alone():
     """A process group of one."""
@@ -32,7 +29,6 @@ def alone():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
-
 
 @pytest.fixture(scope="session")
 def tokenizer():

@@ -5,9 +5,8 @@ weights, byte for byte.
     python tests/kill.py                      # sdpo.py, 20 kills, 1 rank and 2 ranks
     python tests/kill.py --script grpo.py --kills 6 --ranks 2
 
-A kill's moment is drawn: a phase of the step (sampling with its grading, update, weight sync,
-saving) and a time from its beginning. What is printed is the phase that the trainer itself had
-noted when it died.
+A kill's moment is drawn: a phase of a step (sampling with its grading, update, weight sync, saving)
+and a time from its beginning.
 """
 import argparse
 import collections
@@ -32,58 +31,41 @@ PHASES = {  # the function that is the phase, and its length on the toy, seconds
     "sampling": ("generate", 0.6),
 }
 
-
-def phases(script):
+def phases_of(script):
     """Those that the script has: sft_distill.py samples nothing."""
     return ["update", "saving"] if script == "sft_distill.py" else list(PHASES)
 
-
 def trainer():
-    """The script's main(), in a process of its own, the running phase noted in a file.
-
-    Where the argument `plan` names a phase, a number and seconds, SIGKILL comes so long after the
-    phase has begun for so many times.
-    """
-    script, note, plan, *argv = sys.argv[2:]
+    """The script's main(), in a process of its own. Where the argument `plan` names a function, a
+    number and seconds, SIGKILL comes so long after the call of that number."""
+    script, plan, *argv = sys.argv[2:]
     sys.path.insert(0, str(ROOT))
     module = __import__(Path(script).stem)
-    speaks = os.environ.get("RANK", "0") == "0"
     job = os.getppid() if "RANK" in os.environ else os.getpid()  # torchrun, and all below it
-    target, number, delay = plan.split(",")
-    begun = collections.Counter()
+    name, number, delay = plan.split(",")
+    calls, function = itertools.count(1), getattr(module, name, None)
 
-    def noted(phase, function):
-        def call(*args, **kwargs):
-            begun[phase] += 1
-            Path(note).write_text(phase)
-            if phase == target and begun[phase] == int(number):
-                # looked for before, since that takes time; this process goes last
-                members = sorted(family(job), key=lambda pid: pid == os.getpid())
-                timer = threading.Timer(float(delay), kill, [members])
-                timer.start()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                Path(note).write_text("between")
-        return call
-    for phase in phases(script) if speaks else ():
-        name = PHASES[phase][0]
-        setattr(module, name, noted(phase, getattr(module, name)))
+    def call(*args, **kwargs):
+        if next(calls) == int(number):
+            # looked for before, since that takes time; this process goes last
+            members = sorted(family(job), key=lambda pid: pid == os.getpid())
+            threading.Timer(float(delay), kill, [members]).start()
+        return function(*args, **kwargs)
+    if function and os.environ.get("RANK", "0") == "0":
+        setattr(module, name, call)
     if os.environ.get("MASTERS"):  # the weights of a GPU, on CPU, and a round a micro-batch
         module.DTYPE, module.MISMATCH_LIMIT, module.ROUND = module.torch.bfloat16, 0.1, 1
     sys.argv = [script, *argv]
     module.main()
 
-
-def start(script, ranks, note, argv, masters, plan=",0,0"):
+def start(script, ranks, log, argv, masters, plan):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone",
               "--nproc_per_node", str(ranks)] if ranks > 1 else [sys.executable]
     env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore",
                TORCH_CPP_LOG_LEVEL="ERROR", MASTERS="yes" if masters else "")
-    log = open(note.with_suffix(".log"), "a")
-    command = [*launch, __file__, "trainer", script, str(note), plan, *map(str, argv)]
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
-
+    command = [*launch, __file__, "trainer", script, plan, *map(str, argv)]
+    with open(log, "a") as file:
+        return subprocess.run(command, cwd=ROOT, env=env, stdout=file, stderr=file).returncode
 
 def family(pid):
     """A process and all below it."""
@@ -100,19 +82,16 @@ def family(pid):
         look += children[found[-1]]
     return found
 
-
-def kill_family(pid):
-    """SIGKILL for a process and all below it, none of whom gets to say a word."""
-    kill(family(pid))
-
-
 def kill(members):
+    """SIGKILL for these processes, none of which gets to say a word."""
     for member in members:
         try:
             os.kill(member, signal.SIGKILL)
         except ProcessLookupError:
             pass
 
+def kill_family(pid):
+    kill(family(pid))
 
 def outcome(run_dir, steps):
     """(metrics without times and memory, SHA-256 of the last weights)."""
@@ -122,28 +101,25 @@ def outcome(run_dir, steps):
     weights = (run_dir / f"checkpoints/step_{steps}/model.safetensors").read_bytes()
     return kept, hashlib.sha256(weights).hexdigest()
 
-
 def killed_run(folder, script, ranks, kills, steps, argv, masters):
-    """Runs to the end through `kills` kills; returns how often which phase was hit."""
-    hit, note, rng = collections.Counter(), folder / "phase", random.Random(0)
-    wanted = list(itertools.islice(itertools.cycle(phases(script)), kills))
-    rng.shuffle(wanted)
+    """Runs to the end through `kills` kills; returns how many were meant for which phase."""
+    rng, log = random.Random(0), folder / "log"
+    phases = list(itertools.islice(itertools.cycle(phases_of(script)), kills))
+    hit = collections.Counter(phases)
+    rng.shuffle(phases)
     while True:
-        note.write_text("start-up")
         plan = ",0,0"
-        if wanted:  # mostly the first time that the phase comes, or the steps would not last
-            saved = max([int(p.name[5:]) for p in folder.glob("run/checkpoints/step_*")
-                         if p.suffix != ".part"], default=0)
-            number = min(rng.choice([1, 1, 2]), steps - saved)
-            plan = f"{wanted[-1]},{number},{rng.random() * PHASES[wanted[-1]][1]}"
-        job = start(script, ranks, note, argv, masters, plan)
-        if job.wait() == 0:
+        if phases:  # mostly the first time that the phase comes, or the steps would not last
+            saved = max([int(p.name[5:]) for p in folder.glob("run/checkpoints/step_*[0-9]")],
+                        default=0)
+            name, length = PHASES[phases[-1]]
+            plan = f"{name},{min(rng.choice([1, 1, 2]), steps - saved)},{rng.random() * length}"
+        code = start(script, ranks, log, argv, masters, plan)
+        if code == 0:
             return hit
-        if job.returncode != -signal.SIGKILL:
-            raise RuntimeError(note.with_suffix(".log").read_text()[-3000:])
-        hit[note.read_text()] += 1
-        wanted.pop()
-
+        if code != -signal.SIGKILL:
+            raise RuntimeError(log.read_text()[-3000:])
+        phases.pop()
 
 def arguments(script, steps, folder):
     """Its flags for a run of so many short steps, each of them saved."""
@@ -162,41 +138,36 @@ def arguments(script, steps, folder):
             "--warmup_steps", 2, "--steps", steps,
             *(["--ema", 0.05] if script == "sdpo.py" else [])]
 
-
 def compare(folder, script, ranks, kills, steps, masters):
-    """(phases hit, whether metrics agree, whether weights agree) of folder/whole, folder/killed."""
-    argv, hits = [*arguments(script, steps, folder), "--run_dir"], []
+    """(phases hit, whether metrics and weights agree) of folder/whole and folder/killed."""
+    argv, hits, ends = [*arguments(script, steps, folder), "--run_dir"], [], []
     for name, number in (("whole", 0), ("killed", kills)):
-        (folder / name).mkdir()
-        hits.append(killed_run(folder / name, script, ranks, number, steps,
-                               [*argv, folder / name / "run"], masters))
-    (m, w), (n, v) = (outcome(folder / name / "run", steps) for name in ("whole", "killed"))
-    return hits[1], m == n, w == v
-
+        run = folder / name / "run"
+        run.parent.mkdir()
+        hits.append(killed_run(run.parent, script, ranks, number, steps, [*argv, run], masters))
+        ends.append(outcome(run, steps))
+    return hits[1], ends[0] == ends[1]
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--script", choices=["sdpo.py", "grpo.py", "sft_distill.py"],
-                        default="sdpo.py")
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--masters", action="store_true",
-                        help="as on a GPU: bfloat16 weights, float32 masters")
+    add = parser.add_argument
+    add("--script", choices=["sdpo.py", "grpo.py", "sft_distill.py"], default="sdpo.py")
+    add("--kills", type=int, default=20)
+    add("--steps", type=int, default=12)
+    add("--ranks", type=int, nargs="+", default=[1, 2])
+    add("--masters", action="store_true", help="as on a GPU: bfloat16 weights, float32 masters")
     args = parser.parse_args()
-    same = True
+    all_same = True
     for ranks in args.ranks:
-        began, folder = time.time(), Path(tempfile.mkdtemp())
-        hit, metrics, weights = compare(folder, args.script, ranks, args.kills, args.steps,
-                                        args.masters)
-        same &= metrics and weights
-        said = ", ".join(f"{n} {phase}" for phase, n in hit.most_common())
+        started, folder = time.time(), Path(tempfile.mkdtemp())
+        hit, same = compare(folder, args.script, ranks, args.kills, args.steps, args.masters)
+        all_same &= same
+        counts = ", ".join(f"{n} {phase}" for phase, n in hit.most_common())
         print(f"{args.script}, {ranks} rank(s), {args.steps} steps, {sum(hit.values())} kills in "
-              f"{time.time() - began:.0f} s: {said}\n  metrics and weights "
-              f"{'the same' if metrics and weights else 'DIFFER'}: {folder}", flush=True)
-    sys.exit(not same)
-
+              f"{time.time() - started:.0f} s: {counts}\n  metrics and weights "
+              f"{'the same' if same else 'DIFFER'}: {folder}", flush=True)
+    sys.exit(not all_same)
 
 if __name__ == "__main__":
     trainer() if sys.argv[1:2] == ["trainer"] else main()

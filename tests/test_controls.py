@@ -1,39 +1,38 @@
 """toy/controls.py: what each changes in the loss, the demonstrations, the sampling. No vLLM."""
 import json
-import random
 import sys
-from types import SimpleNamespace
+from argparse import Namespace
+from unittest import mock
 
 import pytest
 import torch
 
 import evaluate
 import sdpo
-from common import ROOT, lines
+from common import ROOT, lines, toy
 
 sys.path.append(str(ROOT / "toy"))
 import controls  # noqa: E402
 
+ARGS = Namespace(temperature=1.0, top_k=10, alpha=0.5, demonstration="full", enable_thinking=True,
+                 seed=0)
+
 
 @pytest.fixture(autouse=True)
-def restored(monkeypatch):
+def restored():
     """Whatever a control replaces is there again after the test."""
-    for script in (sdpo, evaluate):
-        for name in ("token_losses", "teacher_buckets", "choose_demonstration", "generate",
-                     "load_tokenizer", "make_parser"):
-            if hasattr(script, name):
-                monkeypatch.setattr(script, name, getattr(script, name))
+    with mock.patch.dict(vars(sdpo)), mock.patch.dict(vars(evaluate)):
+        yield
 
 
-def losses(targets, vocabulary, k=10):
+def losses(targets, vocabulary):
     """(student's logits, the loss and log p of each target), for random student and teacher."""
     torch.manual_seed(0)
     hidden, teacher_hidden = torch.randn(2, len(targets), 8)
     head, teacher_head = (torch.nn.Linear(8, vocabulary, bias=False) for _ in range(2))
     logits = head(hidden).detach().requires_grad_()
-    student = (logits, lambda chunk: chunk * 1.0)
-    buckets = sdpo.teacher_buckets(student, (teacher_hidden, teacher_head), k, 1.0)
-    return logits, *sdpo.token_losses(*student, torch.tensor(targets), 1.0, *buckets, alpha=0.5)
+    return logits, *sdpo.token_losses((logits, lambda chunk: chunk * 1.0),
+                                      (teacher_hidden, teacher_head), torch.tensor(targets), ARGS)
 
 
 def test_no_markers_moves_no_markers_logit(tokenizer):
@@ -50,54 +49,60 @@ def test_no_markers_moves_no_markers_logit(tokenizer):
     assert gradient[:, ids].abs().max() == 0 and gradient[1:].abs().max() > 1e-4
 
 
-def test_no_marker_loss_is_by_the_sampled_token(tokenizer):
-    ids = controls.marker_ids(tokenizer)
-    targets = [ids[0], 5, ids[-1], 6]
-    _, loss, _ = losses(targets, len(tokenizer))
-    controls.no_marker_loss(tokenizer)
-    logits, without, _ = losses(targets, len(tokenizer))
-    assert without.tolist() == pytest.approx([0, loss[1].item(), 0, loss[3].item()])
-    (gradient,) = torch.autograd.grad(without.sum(), logits)
-    assert gradient[1, ids].abs().max() > 0  # unlike no_markers
-
-
-def test_no_answer_loss_is_up_to_the_end_of_thinking(tokenizer):
+@pytest.mark.parametrize("control", ["no_marker_loss", "no_answer_loss"])
+def test_where_there_is_no_loss(tokenizer, control):
+    """The answer in the middle is cut after </think>: the next one's thinking has a loss."""
     close, end = tokenizer.convert_tokens_to_ids("</think>"), tokenizer.eos_token_id
-    targets = [5, close, 6, end, 7, 8, end, 9, close, 6]  # the second never closes
-    controls.no_answer_loss(tokenizer)
-    _, without, _ = losses(targets, len(tokenizer))
-    assert [*map(int, without > 0)] == [1, 1, 0, 0, 1, 1, 1, 1, 1, 0]
+    marker = controls.marker_ids(tokenizer)[0]
+    answers = [[5, marker, close, 6, end], [7, close, marker, 8], [9, marker, 10, close, 11, end],
+               [12, marker, 13]]  # the last is cut while it thinks
+    batch = [sdpo.Rollout(dict(prompt_ids=[5, 6]), ids, [], "", True, 0.0, [7, 8, 9])
+             for ids in answers]
+    plain, _ = sdpo.Student(toy(), ARGS)(batch, toy())
+    getattr(controls, control)(tokenizer)
+    without, _ = sdpo.Student(toy(), ARGS)(batch, toy())
+    kept = [1, 1, 1, 0, 0, 1, 1, 0, 0, 1, 1, 1, 1, 0, 0, 1, 1, 1]
+    if control == "no_marker_loss":
+        kept = [i != marker for ids in answers for i in ids]
+    assert plain.min() > 0 and without.tolist() == (plain * torch.tensor(kept)).tolist()
 
 
-def test_other_question_shows_the_group_before(tokenizer):
+def test_other_question_shows_a_correct_answer_to_another(tokenizer):
+    """Whatever was sampled before; a question that stands twice in a step is no other one."""
+    def group(question, *rewards):
+        messages = [dict(role="user", content=question)]
+        return [sdpo.Rollout(dict(messages=messages), [], [], f"{question}{i}", True, float(reward),
+                             [1] if i else None) for i, reward in enumerate(rewards)]
+    step = [*group("a", 1, 1), *group("b", 0, 0), *group("a", 1, 0), *group("c", 0, 1)]
+    sdpo.sample_groups = lambda *_: step
     controls.other_question(tokenizer)
 
-    def shown(rewards, name):
-        group = [SimpleNamespace(reward=float(r), finished=True, name=f"{name}{i}")
-                 for i, r in enumerate(rewards)]
-        drawn = [sdpo.choose_demonstration(group, i, random.Random(0)) for i in range(len(group))]
-        return [r and r.name for r in drawn]
-    assert shown([1, 1], "a") == [None, None]  # the first group has none before it
-    assert shown([0, 1, 0], "b") == ["a0", None, "a0"]  # who would have none still has none
-    assert shown([0, 0], "c") == [None, None]
-    assert shown([1, 1], "d") == ["b1", "b1"]  # the last that had a right answer
+    def shown():
+        prompts = [r.teacher_prompt_ids
+                   for r in sdpo.sample_groups(None, None, tokenizer, [], 3, ARGS)]
+        return [ids and tokenizer.decode(ids).split("solution:\n\n")[1][:2] for ids in prompts]
+    first = shown()
+    assert first[::2] == [None] * 4  # who would have none still has none
+    assert first[1] == first[5] == "c1" and first[3] in ("a0", "a1", "c1") and first[7] != "c1"
+    assert shown() == first
+    del step[2:4], step[-2:]  # only one question is left
+    assert shown() == [None] * 4
 
 
-def test_banned_reaches_the_sampling_of_every_model(monkeypatch, tokenizer):
+def test_banned_reaches_the_sampling(monkeypatch, tokenizer):
     asked = []
     evaluate.generate = lambda *args, **sampling: asked.append(sampling)
-    monkeypatch.setattr(evaluate, "load_tokenizer", lambda *_: ("folder", tokenizer))
 
-    def main():  # of two models
-        assert evaluate.make_parser().parse_args(["--model", "m"]).control == "banned"
-        for _ in range(2):
-            evaluate.load_tokenizer("m", 0)
-            evaluate.generate(None, None, [], 0, after_think=True, n=2)
-    monkeypatch.setattr(evaluate, "main", main)
-    monkeypatch.setattr(sys, "argv", ["controls.py", "banned"])
+    def main():
+        args = evaluate.make_parser().parse_args()
+        assert args.control == "banned" and args.model == [str(ROOT / "toy/model"), "other"]
+        evaluate.generate(None, None, [], 0, n=2)
+    evaluate.main = main
+    monkeypatch.setattr(sys, "argv", ["controls.py", "banned", "--model", str(ROOT / "toy/model"),
+                                      "other"])
     controls.main()
     bias = dict.fromkeys(controls.marker_ids(tokenizer), -100)
-    assert bias and asked == [dict(after_think=True, n=2, logit_bias=bias)] * 2
+    assert bias and asked == [dict(n=2, logit_bias=bias)]
 
 
 def test_errors_are_sorted_by_kind(tmp_path):

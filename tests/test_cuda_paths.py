@@ -2,7 +2,6 @@
 a recording engine in vLLM's place, vLLM's own signatures, compiled layers. bfloat16 weights with
 their masters, killed and resumed: python tests/kill.py --masters
 """
-import copy
 import dataclasses
 import inspect
 import math
@@ -14,27 +13,23 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import PreTrainedModel
 
 import grpo
 import sdpo
-import test_sdpo
-from common import (DATA, ROOT, assert_same_gradient, few, gradients_of, learner, on_ranks,
-                    tokenizer_of, toy)
+from common import DATA, ROOT, few, on_ranks, tokenizer_of, toy
 
+sys.path.append(str(ROOT / "benchmarks"))
 
-class Verifier(sdpo.Verifier):
-    """Every other answer is right: what the recording engine says earns nothing."""
-
-    def verify(self, texts, golds, after_think):
-        return [float(i % 2) for i in range(len(texts))]
+import update as bench
 
 
 class Recorder:
     """Stands for vllm.LLM: notes its calls, and what the trainer holds while it samples."""
 
-    def __init__(self, script, model, **settings):
-        self.script, self.settings, self.calls = script, settings, []
-        self.models, self.gone, self.weights = [], [], None
+    def __init__(self, models, gone, settings):
+        self.models, self.gone, self.settings = models, gone, settings
+        self.calls, self.weights = [], None
         self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=lambda: None))
 
     def sleep(self, **how):
@@ -54,54 +49,60 @@ class Recorder:
         return tokenizer_of("toy")
 
     def generate(self, prompts, sampling, use_tqdm):
-        student, *teacher = self.models[:1 if self.script is grpo else 2]
+        (student,) = self.models  # no teacher
         assert all(torch.equal(w, self.weights[n]) for n, w in student.named_parameters())
         assert all(w.grad is None for w in student.parameters())
         assert all(storage.expired() for storage in self.gone)
-        assert not any(w.numel() for model in teacher for w in model.parameters())
         self.calls.append(("generate", dict(prompts=None, sampling_params=None, use_tqdm=None)))
-        tokens = [5, 6, 7]
         return [SimpleNamespace(outputs=[SimpleNamespace(
-            token_ids=[*tokens, 8 + i], logprobs=SimpleNamespace(logprobs=[-1.0] * 4),
-            finish_reason="stop") for i in range(sampling.settings.get("n", 1))]) for _ in prompts]
+            token_ids=[5, 6, 7, 8 + i], logprobs=SimpleNamespace(logprobs=[-1.0] * 4),
+            finish_reason="stop") for i in range(sampling.get("n", 1))]) for _ in prompts]
 
 
 @pytest.fixture(scope="module", params=[sdpo, grpo], ids=["sdpo", "grpo"])
 def recorded(request, tmp_path_factory):
     """The recording engine of a run of two steps, as it goes on a GPU."""
-    script, folder, engines = request.param, tmp_path_factory.mktemp("recorded"), []
+    script, folder = request.param, tmp_path_factory.mktemp("recorded")
+    engines, models, gone, empty = [], [], [], torch.empty
 
     def make_llm(model, **settings):
-        engines.append(Recorder(script, model, **settings))
+        engines.append(Recorder(models, gone, settings))
         return engines[0]
 
     def start():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        return torch.device("cpu")
+        return torch.device("cuda")
 
-    def load_model(path, device, load=script.load_model):
-        model = load(path, device)
-        engines[0].models.append(model)
-        if script is sdpo and len(engines[0].models) > 2:  # the teacher of a step
-            engines[0].gone += [StorageWeakRef(w.untyped_storage()) for w in model.parameters()]
-            del engines[0].models[2:]
+    def load_model(path, load=script.load_model):
+        model = load(path)
+        if not models:
+            models.append(model)
+        else:  # the teacher of a step
+            gone.extend(StorageWeakRef(w.untyped_storage()) for w in model.parameters())
         return model
 
-    def update(ddp, *others, original=script.update):
+    def add_gradients(optimizer, add=script.MasterAdamW.add_gradients):
+        gone.extend(StorageWeakRef(w.grad.untyped_storage()) for w in optimizer.owned.values())
+        return add(optimizer)
+
+    def update(*args, original=script.update):
         engines[0].calls.append(("update", {}))
-        metrics = original(ddp, *others)
-        engines[0].gone += [StorageWeakRef(w.grad.untyped_storage()) for w in ddp.parameters()]
-        return metrics
+        return original(*args)
     vllm = types.ModuleType("vllm")
-    vllm.LLM, vllm.SamplingParams = make_llm, lambda **how: SimpleNamespace(settings=how)
+    vllm.LLM, vllm.SamplingParams = make_llm, lambda **how: how
+    verify = SimpleNamespace(verify=lambda texts, _: [float(i % 2) for i in range(len(texts))])
+    verifier = type("", (), dict(__enter__=lambda _: verify, __exit__=lambda *_: None))
     questions = few(DATA / "in.jsonl", 2, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "vllm", vllm)
+        patch.setattr(torch.cuda, "is_available", lambda: True)  # what would go there stays
+        patch.setattr(torch, "empty", lambda *size, pin_memory=False, **how: empty(*size, **how))
+        patch.setattr(PreTrainedModel, "to", lambda model, device: model)
         for name, replacement in dict(start_process_group=start, load_model=load_model,
                                       update=update, save_checkpoint=lambda *_: None,
-                                      Verifier=Verifier, MISMATCH_LIMIT=math.inf).items():
+                                      Verifier=verifier, MISMATCH_LIMIT=math.inf).items():
             patch.setattr(script, name, replacement)
-        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(script.MasterAdamW, "add_gradients", add_gradients)
         patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, (
             "--model", ROOT / "toy/model", "--data", questions, "--eval_data", questions,
             "--max_response_tokens", 64, "--questions_per_step", 2, "--minibatch_questions", 1,
@@ -115,13 +116,14 @@ def recorded(request, tmp_path_factory):
 
 
 def test_vllm_sleeps_while_the_trainer_works_and_wakes_in_two_steps(recorded):
-    """Weights, then the KV cache: with both at once the old weights would lie beside it."""
+    """Weights, then the KV cache: with both at once the old weights would lie beside it. Teacher
+    and gradients are gone before it samples."""
     slept, woken = ("sleep", dict(level=2)), [
         ("wake_up", dict(tags=["weights"])), ("reload_weights", dict(weights_iterator=None)),
         ("wake_up", dict(tags=["kv_cache"]))]
     calls = [call if call[0] != "generate" else "generate" for call in recorded.calls]
     step = ["generate", slept, ("update", {}), *woken]
-    assert calls == [slept, *woken, "generate", *step, *step, "generate"]
+    assert calls == [*woken, "generate", *step, *step, "generate"]
     assert recorded.gone
 
 
@@ -143,7 +145,7 @@ def bind(settings, calls):
                 inspect.signature(runner.reload_weights).bind(None, **how)
         elif name != "update":
             inspect.signature(getattr(LLM, name)).bind(None, **how)
-        if name in ("sleep", "wake_up"):
+        if name in ("sleep", "wake_up") and (name == "sleep" or executor.sleeping_tags):
             getattr(executor, name)(**how)
         assert name != "generate" or not executor.is_sleeping
         assert name != "update" or executor.sleeping_tags == {"weights", "kv_cache"}
@@ -185,40 +187,41 @@ def test_attention_gets_no_mask(monkeypatch):
         asked.append((attn_mask, is_causal))
         return attention(*args, attn_mask=attn_mask, is_causal=is_causal, **how)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
-    sdpo.response_hidden(toy().train(), [[5, 6, 7], [8]], [[9, 10], [11]])
+    sdpo.response_states(toy().train(), [[5, 6, 7], [8]], [[9, 10], [11]])
     assert asked and set(asked) == {(None, True)}
 
 
 @pytest.mark.slow
 def test_compiled_layers_give_the_gradient_of_eager_ones(alone, monkeypatch):
-    """Under DDP and gradient checkpointing, with changing lengths, weights that are freed and
-    loaded; the number of graphs does not grow with the updates."""
+    """Under DDP and gradient checkpointing, with other lengths and a new teacher each time; the
+    number of graphs does not grow with the updates."""
     from torch._dynamo.testing import CompileCounterWithBackend
-    gradients, counter = [], CompileCounterWithBackend("aot_eager")
+    moments, counts, counter = [], [], CompileCounterWithBackend("aot_eager")
     compile_one = torch.nn.Module.compile
-
-    def on_gpu(model):
-        """compile_layers takes it for a large model on a GPU."""
-        return SimpleNamespace(device=torch.device("cuda"), num_parameters=lambda: 8e9,
-                               get_decoder=model.get_decoder)
     monkeypatch.setattr(torch.nn.Module, "compile",
                         lambda layer, **how: compile_one(layer, backend=counter, **how))
     monkeypatch.setattr(sdpo, "MISMATCH_LIMIT", math.inf)
-    with torch._dynamo.config.patch(recompile_limit=8, optimize_ddp=True):  # compile_layers' own
-        for compiled in (False, True):
-            ddp, optimizer = learner(sdpo, test_sdpo.flags())
-            model, teacher = ddp.module.model, toy()
-            if compiled:
-                sdpo.compile_layers(on_gpu(model), on_gpu(teacher))
-            model.train().gradient_checkpointing_enable(dict(use_reentrant=False))
-            taken = gradients_of(optimizer)
-            for size in (9, 6):
-                batch = test_sdpo.make_batch(size)
-                sdpo.free(teacher)
-                sdpo.load_teacher(teacher, {}, model, ROOT / "toy/model")
-                sdpo.update(ddp, teacher, optimizer, batch, 1e-3)
-                gradients.append((copy.copy(taken), counter.frame_count))
-    for (eager, _), (compiled, _) in zip(gradients[:2], gradients[2:]):
-        assert_same_gradient(compiled, eager, 1e-4)
-    counts = [count for _, count in gradients]
-    assert counts[:2] == [0, 0] and 0 < counts[2] == counts[3] < 10
+
+    def load(on_gpu):
+        with monkeypatch.context() as patch:  # a large model's layers are compiled
+            patch.setattr(torch.cuda, "is_available", lambda: on_gpu)
+            patch.setattr(PreTrainedModel, "num_parameters", lambda _: 8e9)
+            return sdpo.load_model(ROOT / "toy/model")
+    for compiled in (False, True):
+        with torch._dynamo.config.patch(recompile_limit=8, optimize_ddp=True):  # load_model's own
+            model = load(compiled).train()
+            model.gradient_checkpointing_enable(dict(use_reentrant=False))
+            optimizer = sdpo.MasterAdamW(model, lr=1e-3)
+            for size, shortest in ((9, 20), (6, 30), (7, 10)):
+                args = SimpleNamespace(sequences=size, shortest=shortest, longest=60, prompt_tokens=9,
+                                       demonstration_tokens=30, algorithm="sdpo")
+                rollouts = bench.make_rollouts(sdpo, args, model.config.vocab_size)
+                settings = sdpo.make_parser().parse_args([
+                    "--model", "x", "--minibatch_questions", "1", "--rollouts", str(size),
+                    "--tokens_per_micro_batch", "250"])
+                sdpo.update(model, load(compiled), optimizer, rollouts, 1e-3, settings)
+                counts.append(counter.frame_count)
+            moments.append(torch.cat([m["exp_avg"].flatten() for m in optimizer.moments.values()]))
+    eager, compiled = moments
+    assert (compiled - eager).abs().max() < 1e-4 * eager.abs().max()
+    assert counts[:3] == [0, 0, 0] and 0 < counts[3] == counts[5] < 10

@@ -4,16 +4,14 @@ every phase: tests/kill.py.
 vLLM takes its time to start, so that a run is shared: the first tests of it look at what it left,
 and later runs go on from there.
 """
-import contextlib
 import json
 import os
-import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
 
@@ -21,17 +19,15 @@ import epistemic
 import evaluate
 import kill
 import sdpo
-from common import DATA, ROOT, Job, few, lines, on_ranks, tokenizer_of, toy
+from common import DATA, ROOT, Job, few, lines, on_ranks, toy
 
 pytestmark = pytest.mark.vllm
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-
 
 def torchrun(before, *argv, **env):
     return subprocess.Popen([*before, *TORCHRUN, *map(str, argv)], cwd=ROOT, text=True,
                             env=dict(os.environ, **env), stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT)
-
 
 def end(job, code=0):
     """What torchrun says up to its end, which has to come with this exit code."""
@@ -42,13 +38,10 @@ def end(job, code=0):
     assert job.returncode == code, said[-4000:]
     return said
 
-
 def newest(run_dir):
     return sdpo.resumable(run_dir)[-1]
 
-
-# ------------------------------------------------------ SDPO: two ranks, killed and started again
-
+# --- SDPO: two ranks, killed and started again ---------------------------------------------------
 
 @pytest.fixture(scope="session")
 def killed(tmp_path_factory):
@@ -65,7 +58,6 @@ def killed(tmp_path_factory):
     said = Job(folder / "log_again", "sdpo.py", 2, *argv).end()
     return run, first, kill.outcome(run, 2), said
 
-
 def test_a_killed_run_does_its_step_again_bit_for_bit(killed):
     run, (metrics, weights), again, said = killed
     assert (metrics[:2], weights) == (again[0][:2], again[1])
@@ -73,21 +65,18 @@ def test_a_killed_run_does_its_step_again_bit_for_bit(killed):
     assert said.count("step 3/3  score") == 1  # from the first rank alone
     assert said.count("  eval few  score") == 3 and "error" not in said and "Traceback" not in said
 
-
 def test_run_folder(killed):
     trained = killed[0]
     (config,) = lines(trained / "config.json")
-    assert config["script"] == "sdpo.py" and config["world_size"] == 2 and config["lr"] == 1e-4
+    assert config["script"] == "sdpo.py" and config["lr"] == 1e-4
     metrics = lines(trained / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [1, 2, 3]
     assert [m["lr"] for m in metrics] == [5e-5, 1e-4, 1e-4]  # two steps of warm-up
     for m in metrics:
         assert 0 < m["score"] <= 1 and m["length"] > 10 and m["epistemic"] > 1
         assert m["loss"] > 0 and 0 < m["trained"] <= 1 and m["trained_tokens"] > 0
-        assert m["updates"] >= 1 and m["skipped"] == 0 and m["grad_norm"] > 0
-        assert m["mismatch"] < 1e-4 and 0 < m["mismatch_max"] < 1e-2
-        assert list(m["seconds"]) == ["rollout", "update"]
-        assert 0.1 < m["peak_memory_gb"] < 50 and m["tokens_per_second"] > 0
+        assert m["skipped"] == 0 and m["grad_norm"] > 0 and 0 < m["mismatch"] < 1e-4
+        assert all(seconds > 0 for seconds in m["seconds"].values())
         # a group of four a question, of both ranks
         rows = [r["row"] for r in lines(trained / f"rollouts/step_{m['step']}.jsonl")]
         assert rows == sorted([*range(4)] * 4)
@@ -96,7 +85,6 @@ def test_run_folder(killed):
     answers, (summary,) = lines(trained / "eval/step_3.jsonl"), lines(trained / "eval/step_3.json")
     assert [a["index"] for a in answers] == [0, 1, 2, 3] and summary["few"] == epistemic.averages(
         answers)
-
 
 def test_the_teacher_is_the_moving_average(killed, tmp_path):
     """--ema 0.05, once a step; of both ranks together, each weight's. All weights have moved."""
@@ -108,66 +96,28 @@ def test_the_teacher_is_the_moving_average(killed, tmp_path):
         states.append(torch.load(tmp_path / "state.pt"))
     before, after = states
     for name, _ in toy().named_parameters():
-        average, master = after[f"{name}.average"], after[f"{name}.master"]
-        assert torch.equal(average, before[f"{name}.average"].lerp(master, 0.05))
+        average, master = after["averages"][name], after["masters"][name]
+        assert torch.equal(average, before["averages"][name].lerp(master, 0.05))
         assert not torch.equal(average, master)
-        assert not torch.equal(master, before[f"{name}.master"])
+        assert not torch.equal(master, before["masters"][name])
 
+# --- GRPO: to its end on one rank, then more steps on two ----------------------------------------
 
-# -------------------------------------------------- GRPO: to its end on one rank, on two machines
-
-
-@pytest.fixture
-def machines():
-    """[(what to put before its command, address, interface)] of two machines: network namespaces
-    joined by a cable, from which nothing else can be reached; without the right to them, this one.
-    """
-    names = ("selfdistill-a", "selfdistill-b")
-
-    def ip(*words):
-        return subprocess.run(["ip", *words], check=True, capture_output=True)
-    try:
-        for name in names:
-            ip("netns", "add", name)
-        ip("link", "add", "eth0", "netns", names[0], "type", "veth", "peer", "name", "eth0",
-           "netns", names[1])
-        for i, name in enumerate(names, 1):
-            ip("-n", name, "addr", "add", f"10.77.0.{i}/24", "dev", "eth0")
-            ip("-n", name, "link", "set", "eth0", "up")
-            ip("-n", name, "link", "set", "lo", "up")
-        yield [(["ip", "netns", "exec", name], "10.77.0.1", "eth0") for name in names]
-    except (OSError, subprocess.CalledProcessError):
-        yield [([], "127.0.0.1", "lo")] * 2
-    finally:
-        with contextlib.suppress(OSError):
-            for name in names:
-                subprocess.run(["ip", "netns", "del", name], capture_output=True)
-
-
-def test_grpo_ends_on_one_rank_and_goes_on_with_two_machines(tmp_path, machines):
-    run = tmp_path / "run"
-    command = ["--model", "toy/model", "--data", DATA / "ood.jsonl", "--num_questions", 2,
-               "--eval_data", few(DATA / "ood.jsonl", 1, tmp_path), "--questions_per_step", 4,
-               "--minibatch_questions", 2, "--rollouts", 8, "--max_response_tokens", 300, "--lr",
-               "1e-4", "--warmup_steps", 1, "--save_every", 100, "--tokens_per_micro_batch", 2000,
-               "--run_dir", run, "--steps"]
+def test_grpo_ends_on_one_rank_and_goes_on_with_two(tmp_path):
+    run, data = tmp_path / "run", few(DATA / "ood.jsonl", 2, tmp_path)
+    command = ["--model", "toy/model", "--data", data, "--eval_data", data, "--lr", "1e-4",
+               "--questions_per_step", 4, "--minibatch_questions", 2, "--max_response_tokens", 300,
+               "--save_every", 100, "--tokens_per_micro_batch", 2000, "--run_dir", run, "--steps"]
     Job(tmp_path / "log", "grpo.py", 1, *command, 2).end()
-    jobs = [torchrun(before, "--nnodes", 2, "--nproc_per_node", 1, "--master_addr", address,
-                     "--master_port", 29400, "--node_rank", i, "grpo.py", *command, 3,
-                     GLOO_SOCKET_IFNAME=interface)
-            for i, (before, address, interface) in enumerate(machines)]
-    first, second = (end(job) for job in jobs)
-    assert f"{run} resumes after step 2" in first and "step 3/3  score" in first
-    assert "Traceback" not in first + second and "step" not in second
+    said = Job(tmp_path / "log_again", "grpo.py", 2, *command, 3).end()
+    assert f"{run} resumes after step 2" in said and said.count("step 3/3  score") == 1
+    assert "Traceback" not in said and (run / "eval/step_3.json").exists() and newest(run) == 3
     metrics = lines(run / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [1, 2, 3] and any(m["trained"] for m in metrics)
-    assert newest(run) == 3 and (run / "eval/step_3.json").exists()
     for m in metrics:
-        assert m["mismatch"] < 1e-4 and m["mismatch_max"] < 1e-2 and m["skipped"] == 0
-        assert (m["updates"] > 0) == (m["trained"] > 0) == (m["grad_norm"] > 0)
+        assert m["mismatch"] < 1e-4 and (m["trained"] > 0) == (m["grad_norm"] > 0)
         rows = [r["row"] for r in lines(run / f"rollouts/step_{m['step']}.jsonl")]
         assert rows == sorted([*range(4)] * 8)  # two questions fill a batch of four
-
 
 # ----- the five contexts, killed, then on two ranks; SFT on their answers; evaluation and tables
 
@@ -268,88 +218,69 @@ def test_evaluation(evaluated):
 
 
 def test_report(killed, studied, evaluated, tmp_path):
-    """Tables and picture from the files of runs; two folders give means and deviations."""
+    """A page from the files of runs; they may lie in any folder."""
     trained, (out, tuned, _) = killed[0], evaluated
-    for seed in ("seed_0", "seed_1"):
-        for name, run in {"sdpo": trained, "conditions": studied[0], "sft/eval": out}.items():
-            (tmp_path / seed / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / seed / name).symlink_to(run)
-    said = Job(tmp_path / "log", "report.py", 1, tmp_path).end()
+    for name, run in {"a": trained, "b": studied[0], "c/d": out}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copytree(run, tmp_path / name)
+    subprocess.run([sys.executable, "-m", "extras.report", tmp_path], cwd=ROOT, check=True)
+    page = (tmp_path / "report.html").read_text()
     contexts = lines(studied[0] / "summary.json")[0]["contexts"]
     after = lines(trained / "eval/step_3.json")[0]["few"]
     row = lines(out / "summary.json")[0]["models"][tuned]["few"]
-    for number in (f"{contexts['regenerated']['length']:,.0f}", f"{after['score']:.3f} ± 0.000",
-                   f"{after['epistemic']:.1f}", f"{row['score']:.3f}", "2 seeds", "SFT on d_sg"):
-        assert number in said
-    assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
+    for number in (f"{contexts['regenerated']['length']:,.0f}", f"{after['score']:.3f}",
+                   f"{after['epistemic']:.1f}", f"{row['score']:.3f}"):
+        assert number in page
 
 
-# ----------------------------------------- one engine: weights handed over, seeds, tied embeddings
-
+# --- one engine: weights handed over, seeds, tied embeddings -------------------------------------
 
 def ask_engine(folder, data):
-    """Hands a model with tied embeddings to vLLM, asks both; {what: what comes of it}."""
-    from transformers import AutoModelForCausalLM
+    """Hands models to one vLLM and asks both sides; {what: what comes of it}."""
+    from transformers import AutoTokenizer
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-    args = sdpo.make_parser().parse_args(["--model", str(folder), "--max_response_tokens", "60",
-                                          "--temperature", "0.7", "--rollouts", "2"])
-    path, tokenizer = sdpo.load_tokenizer(str(folder), 512)
-    llm = sdpo.make_engine(path, 512, args, torch.device("cpu"))
+    args = sdpo.make_parser().parse_args([
+        "--model", str(folder), "--max_response_tokens", "60", "--max_prompt_tokens", "450",
+        "--temperature", "0.7", "--rollouts", "2"])
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), sdpo.load_model(folder)
+    llm = sdpo.make_engine(str(folder), args)
     questions = sdpo.read_questions(str(data), tokenizer, args)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    student, verifier, results = sdpo.Student(model, args), sdpo.Verifier(), dict(asked=[])
+    verifier, answers = sdpo.Verifier(), []
 
-    def sample(step, rank):
+    def sample(step=1, rank=0):
         sdpo.dist.get_rank = lambda: rank
         return sdpo.sample_groups(llm, verifier, tokenizer, questions * (rank + 1), step, args)
 
+    @torch.no_grad()
     def gap():
         """The largest difference between vLLM's and our log-probabilities."""
-        rollouts = sample(1, 0)
-        sdpo.remember_logprobs(student, [[r] for r in rollouts])
-        return max((r.old_logprobs - torch.tensor(r.logprobs)).abs().max().item() for r in rollouts)
+        return max((sdpo.Student(model, args)([r])[1] - torch.tensor(r.logprobs)).abs().max().item()
+                   for r in sample())
+    results = dict(own_head=model.lm_head.weight is not model.model.embed_tokens.weight)
     sdpo.sync_weights(llm, model)
-    results["fresh"] = gap()
+    results["own"] = gap()
+    model.lm_head.weight = model.model.embed_tokens.weight
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.05)
     results["stale"] = gap()
     sdpo.sync_weights(llm, model)
-    results["synced"] = gap()
-
-    generate = llm.generate
-
-    def watched(*args, **how):
-        states = [random.getstate(), np.random.get_state(), torch.get_rng_state().tolist()]
-        outputs = generate(*args, **how)
-        answers = [(list(o.token_ids), o.logprobs.logprobs) for output in outputs
-                   for o in output.outputs]
-        results["asked"].append([str(one) for one in (*states, answers)])
-        return outputs
-    llm.generate = watched
-    for seed, step, rank in [(0, 1, 0), (0, 1, 0), (1, 1, 0), (0, 2, 0), (0, 1, 1)]:
-        args.seed = seed
-        sample(step, rank)
+    results["tied"] = gap()
+    for args.seed, step, rank in [(0, 1, 0), (0, 1, 0), (1, 1, 0), (0, 2, 0), (0, 1, 1)]:
+        answers.append(str([(r.response_ids, r.logprobs) for r in sample(step, rank)]))
     verifier.close()
     llm.llm_engine.engine_core.shutdown()
-    return results
-
+    return dict(results, answers=answers)
 
 def test_vllm_agrees_after_a_sync_and_repeats_itself(tmp_path):
-    """With tied embeddings, as Qwen3-1.7B has them: on CPU vLLM would keep the old head. And by its
-    seed alone: vLLM draws from torch's global generator, or, by its newer model runner, NumPy's."""
-    from transformers import AutoModelForCausalLM
-    torch.manual_seed(0)
-    config = toy().config
-    config.tie_word_embeddings = True
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    tokenizer_of("toy").save_pretrained(tmp_path)
-    (results,) = on_ranks(1, tmp_path, ask_engine, tmp_path, few(DATA / "in.jsonl", 4, tmp_path))
-    assert results["fresh"] < 1e-4 and results["synced"] < 1e-4
+    """Where the config ties embeddings: with an LM head of its own beside them (a merged LoRA), and
+    without, where vLLM on CPU would keep its first. And answers follow from the seed."""
+    folder = shutil.copytree(ROOT / "toy/model", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(dict(config, tie_word_embeddings=True)))
+    (results,) = on_ranks(1, tmp_path, ask_engine, folder, few(DATA / "in.jsonl", 4, tmp_path))
+    assert results["own_head"] and results["own"] < 1e-4 and results["tied"] < 1e-4
     assert results["stale"] > 1e-2  # what test_sdpo.py's update would stop at
     # the same twice, bit for bit; then another seed, another step, another rank
-    first, again, *others = results["asked"]
-    assert first == again
-    for i in range(4):  # three generators, and the answers
-        assert len({asked[i] for asked in (first, *others)}) == 4
+    first, again, *others = results["answers"]
+    assert first == again and len({first, *others}) == 4

@@ -1,23 +1,21 @@
-"""App. B.5's judge: what it says is read, asked once, kept; with a client of the test's own, and
-against vLLM's server."""
+"""App. B.5's judge: its reply is read, a text asked once, the count kept; with a client of the
+test's own, and against vLLM's server."""
 import contextlib
 import json
 import os
 import re
 import runpy
 import sys
-import time
 import urllib.request
-from collections import Counter
 from types import SimpleNamespace
 
 import httpx
 import openai
 import pytest
 
-import judge
 import kill
 from common import FORKS, ROOT, free_port, lines
+from extras import judge
 
 KEY = "sk-this-must-stay-unseen"
 TEXTS = ["Wait. Hmm, wait.", "So 4.", "Hmm.", "Hmm."]
@@ -26,17 +24,16 @@ TOO_LONG = openai.BadRequestError("too long", body=None, response=httpx.Response
 
 
 @pytest.fixture
-def server(monkeypatch):
-    """Stands for OpenAI's client; counts `wait` and `hmm`, if there is no trouble(text), what it
-    says else or raises."""
-    server = SimpleNamespace(trouble=lambda _: None, asked=Counter(), bodies=[])
+def ask(tmp_path, capsys, monkeypatch):
+    """ask(texts, *flags): (exit code, what is printed, the counts in the .judged file).
 
+    The client counts `wait` and `hmm`, or says or raises ask.trouble(text).
+    """
     def create(**body):
+        ask.bodies.append(body)
         text = body["messages"][-1]["content"]
-        server.asked[text] += 1
-        server.bodies.append(body)
         quotes = re.findall("wait|hmm", text.lower())
-        said = server.trouble(text) or "Sure! ```json\n" + json.dumps(
+        said = ask.trouble(text) or "Sure! ```json\n" + json.dumps(
             dict(count=len(quotes), examples=quotes))
         if isinstance(said, Exception):
             raise said
@@ -45,87 +42,66 @@ def server(monkeypatch):
     def client(base_url, api_key, max_retries, timeout):
         assert (base_url, api_key) == ("http://here/v1", KEY)
         return SimpleNamespace(chat=SimpleNamespace(completions=SimpleNamespace(create=create)))
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(openai, "OpenAI", client)
-    return server
 
-
-@pytest.fixture
-def ask(server, tmp_path, capsys):
-    """ask(texts, *flags): (exit code, what is printed, {expression count of each judgement})."""
-    def run(texts, *flags):
+    def ask(texts, *flags):
         path, code = tmp_path / "a.jsonl", 0
         path.write_text("".join(json.dumps(dict(response=text)) + "\n" for text in texts))
+        monkeypatch.setattr(sys, "argv", ["judge.py", str(path), "--url", "http://here/v1",
+                                          "--model", "m", *flags])
         try:
-            judge.main([str(path), "--url", "http://here/v1", "--model", "m", *flags])
+            judge.main()
         except SystemExit as end:
             code = end.code
         out, err = capsys.readouterr()
         assert KEY not in out + err
-        judged = tmp_path / "a.judged"
-        rows = lines(judged) if judged.exists() else []
-        return code, out + err, sorted(row["count"] for row in rows)
-    return run
+        return code, out + err, sorted(row["count"] for row in lines(tmp_path / "a.judged"))
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(openai, "OpenAI", client)
+    ask.trouble, ask.bodies = lambda _: None, []
+    return ask
 
 
-@pytest.mark.parametrize("said, expected", [
-    ('Sure:\n```json\n{"count": 3, "examples": ["wait"]}\n```\nAnything else?', (3, ["wait"])),
-    ('{"count": 9, "examples": []} No, sorry: {"count": 3, "examples": []}', (3, [])),
+@pytest.mark.parametrize("reply, count", [
+    ('Sure:\n```json\n{"count": 3, "examples": ["wait"]}\n```\nAnything else?', 3),
+    ('{"count": 9, "examples": []} No, sorry: {"count": 3, "examples": []}', 3),
     ('{"count": 3, "examples": []}<think>{"count": 9}</think>', None),
-    (r'{"count": 1, "examples": ["so \sin x might", 4]}', (1, [r"so \sin x might"])),
-    ('{"count": 2.0, "examples": "wait"}', (2, ["wait"])),
-    ("I count three.", None), ('{"count": "many"}', None), ("", None), ("[1] {" * 4000, None)])
-def test_judgement(said, expected):
-    assert judge.judgement(said) == expected
+    (r'{"count": 1, "examples": ["so \sin x might", "\"count\": 7, he said"]}', 1),
+    ('{"count": 2.0}', 2), ('{"count": 2.5}', None), ("I count three.", None),
+    ('{"count": "many"}', None), ("", None)])
+def test_the_judges_reply(reply, count):
+    assert judge.read_count(reply) == count
 
 
-def test_what_is_asked_and_what_is_shown(ask, server):
+def test_what_is_asked_and_what_is_shown(ask):
     code, said, counts = ask(TEXTS)
     assert code == 0 and counts == [0, 1, 3]  # texts that are alike are asked once
     table = {line[:28].strip(): line[28:].split() for line in said.splitlines() if line[28:]}
     assert table["mean (Table 5)"] == ["1.25"] and table["responses"] == ["4"]
     assert table["least, quartiles, most"] == ["0", "1", "1", "1", "3"]
-    for body in server.bodies:
+    for body in ask.bodies:
         assert body["messages"][0] == dict(role="system", content=judge.JUDGE_PROMPT)
         assert set(body) == {"model", "messages"}  # sampling is the server's
 
 
-def test_nothing_is_asked_twice_and_another_judge_or_text_is(ask, server, tmp_path):
-    judged = tmp_path / "a.judged"
+def test_nothing_is_asked_twice_and_another_judge_or_text_is(ask, tmp_path):
     ask(TEXTS)
     assert [*tmp_path.glob("*.jsonl")] == [tmp_path / "a.jsonl"]  # eval/step_*.jsonl finds no other
-    with judged.open("ab") as file:
-        file.write(b'{"hash": "\xff\x00')  # torn by a kill
-    assert ask([*TEXTS, "hmm hmm"])[2] == [0, 1, 2, 3] and sum(server.asked.values()) == 4
-    assert ask(TEXTS, "--model", "n")[0] == 0 and server.asked["Hmm."] == 2
-    judged.write_text('{"count": 1}\n')  # something else, which is kept
-    code, said, _ = ask(TEXTS)
-    assert code == 2 and "a.judged:1: not a judgement" in said
-    assert judged.read_text() == '{"count": 1}\n' and sum(server.asked.values()) == 7
+    with open(tmp_path / "a.judged", "ab") as file:
+        file.write(b'{"hash": "\xff\x00')  # half a row, left by a kill
+    assert ask([*TEXTS, "hmm hmm"])[2] == [0, 1, 2, 3] and len(ask.bodies) == 4
+    assert ask(TEXTS, "--model", "n")[0] == 0 and len(ask.bodies) == 7
 
 
-@pytest.mark.parametrize("answer", ["nonsense", TOO_LONG])
-def test_a_response_without_a_judgement_is_left_out(ask, server, answer):
-    server.trouble = lambda text: answer if "Wait" in text else None
-    code, said, counts = ask(TEXTS)
-    assert code == 0 and counts == [0, 1] and "3 of 4 responses are judged" in said
-    server.trouble = lambda _: None
-    assert ask(TEXTS)[2] == [0, 1, 3]  # a second start asks again
-
-
-def test_what_cannot_work_is_one_line_and_keeps_what_there_is(ask, server, tmp_path):
-    """Judgements are in the file as they come, for a run that is killed."""
-    judged = tmp_path / "a.judged"
-
-    def trouble(text):
-        for _ in range(1000 if text == "last" else 0):
-            if judged.read_bytes().count(b"\n") == 3:
-                return ValueError(f"Wrong\nkey {KEY}")
-            time.sleep(0.01)
-    server.trouble = trouble
-    code, said, counts = ask(["hmm", "wait", "4", "last"])
-    assert code == 2 and counts == [0, 1, 1] and said.count("judge.py: error: Wrong key ***") == 1
-    assert ask(TEXTS, "--field", "draft")[1].count("no field draft") == 1
+@pytest.mark.parametrize("trouble, code, shown", [
+    ("nonsense", 0, "2 of 3 responses"), (TOO_LONG, 0, "2 of 3 responses"),
+    (ValueError(f"Wrong\nkey {KEY}"), 2, "error: Wrong key ***")])
+def test_without_a_count_the_others_are_kept(ask, trouble, code, shown):
+    texts = ["hmm", "4", "last"]
+    ask.trouble = lambda text: trouble if text == "last" else None
+    ended, said, counts = ask(texts)
+    assert ended == code and shown in said and counts == [0, 1]
+    ask.trouble = lambda _: None
+    assert ask(texts)[2] == [0, 0, 1]  # a second start asks again
 
 
 def serve(folder, port):
@@ -151,13 +127,15 @@ def test_vllms_own_server(tmp_path, capsys, monkeypatch):
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
                 break
-            time.sleep(0.5)
+            server.join(0.5)
         path = tmp_path / "a.jsonl"
         path.write_text("".join(json.dumps(dict(response=t)) + "\n" for t in (
             "Wait, 3.", "wait " * 5000)))  # the last is longer than its context
-        for name, said in (("toy", "0 of 2 responses are judged"), ("another", "Error code: 404")):
+        for name, said in (("toy", "0 of 2 responses"), ("another", "Error code: 404")):
+            monkeypatch.setattr(sys, "argv", [
+                "judge.py", str(path), "--url", f"http://127.0.0.1:{port}/v1", "--model", name])
             with pytest.raises(SystemExit) as ended:
-                judge.main([str(path), "--url", f"http://127.0.0.1:{port}/v1", "--model", name])
+                judge.main()
             shown = capsys.readouterr()
             assert ended.value.code == 2 and said in shown.out + shown.err
         assert lines(tmp_path / "a.judged") == []

@@ -1,25 +1,28 @@
-"""What a checkpoint holds comes back exactly; it is whole or is not one.
+"""What a checkpoint holds comes back exactly; it is whole or is not one; the same command goes on.
 
 Whole runs that are killed: test_end_to_end.py, and tests/kill.py for as long as you like.
 """
 import json
-import resource
-import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 
+import grpo
 import sdpo
 from common import DATA, ROOT, lines, on_ranks, refusal_of_main, toy
-
 
 def make(dtype=torch.float32):
     """(model, optimizer) before any step."""
     model = toy(dtype)
     return model, sdpo.MasterAdamW(model, lr=1e-3)
 
+def state_of(optimizer):
+    return dict(masters=optimizer.masters, moments=optimizer.moments)
+
+def tensors(optimizer):
+    """{name: (master, moment, moment)} of this rank."""
+    return {name: (master, optimizer.moments[name]["exp_avg"], optimizer.moments[name]["exp_avg_sq"])
+            for name, master in optimizer.masters.items()}
 
 def step(model, optimizer):
     for p in model.parameters():
@@ -27,218 +30,126 @@ def step(model, optimizer):
     optimizer.add_gradients()
     optimizer.step(1e-3, 1.0)
 
-
-@pytest.fixture
-def run(tmp_path, alone):
-    """A run's folder with an empty metrics.jsonl."""
-    (tmp_path / "metrics.jsonl").write_text("")
-    return tmp_path
-
-
 def save(model, optimizer, number, tokenizer, folder):
-    sdpo.save_checkpoint(model, tokenizer, number, optimizer.tensors(), folder)
-
+    sdpo.save_checkpoint(model, tokenizer, number, state_of(optimizer), folder)
 
 def load(folder, dtype=torch.float32):
     """(model, optimizer, the step) as main() makes them."""
     model, optimizer = make(dtype)
-    done = sdpo.load_checkpoint(folder, optimizer.tensors())
-    sdpo.write_weights(optimizer.masters, model)
+    done = sdpo.load_checkpoint(folder, state_of(optimizer))
+    optimizer.write_weights(optimizer.masters, model)
     return model, optimizer, done
 
-
-def assert_same(one, other):
-    """Two (model, optimizer) hold the same bits, and still do after a step."""
-    for _ in range(2):
-        assert all(map(torch.equal, one[0].parameters(), other[0].parameters()))
-        for name, tensor in one[1].tensors().items():
-            assert torch.equal(tensor, other[1].tensors()[name]), name
-        step(*one)
-        step(*other)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_state_comes_back(run, tokenizer, dtype):
+def test_state_comes_back(tmp_path, alone, tokenizer, dtype):
     """In bfloat16 the masters are finer than what the weights show."""
     from transformers import AutoModelForCausalLM
     trained = make(dtype)
     step(*trained)
-    save(*trained, 3, tokenizer, run)
-    model, optimizer, done = load(run, dtype)
+    save(*trained, 3, tokenizer, tmp_path)
+    model, optimizer, done = load(tmp_path, dtype)
     assert done == 3
-    assert_same(trained, (model, optimizer))
-    save(model, optimizer, 4, tokenizer, run)
     # an ordinary Hugging Face folder
-    again = AutoModelForCausalLM.from_pretrained(run / "checkpoints/step_4")
-    assert again.dtype == dtype and all(map(torch.equal, again.parameters(), model.parameters()))
-
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoints/step_3")
+    assert saved.dtype == dtype and all(map(torch.equal, saved.parameters(), model.parameters()))
+    for _ in range(2):  # the same bits, and still after a step
+        assert all(map(torch.equal, model.parameters(), trained[0].parameters()))
+        for name, held in tensors(optimizer).items():
+            assert all(map(torch.equal, held, tensors(trained[1])[name])), name
+        step(*trained)
+        step(model, optimizer)
 
 def save_a_step(folder, tokenizer):
     """One of the ranks that train a step and save it; returns what it holds."""
     trained = make()
     step(*trained)
     save(*trained, 1, tokenizer, folder)
-    return trained[1].tensors()
-
+    return tensors(trained[1])
 
 def load_on_a_rank(folder):
     model, optimizer, done = load(folder)
-    return done, optimizer.tensors(), [p.detach() for p in model.parameters()]
+    return done, tensors(optimizer), [p.detach() for p in model.parameters()]
 
-
-def test_another_number_of_ranks_goes_on(run, tokenizer):
+def test_another_number_of_ranks_goes_on(tmp_path, alone, tokenizer):
     """Each rank's half of the state, taken up by one; and one's by two."""
-    halves = on_ranks(2, run, save_a_step, run, tokenizer)
+    halves = on_ranks(2, tmp_path, save_a_step, tmp_path, tokenizer)
     assert halves[0] and halves[1] and not set(halves[0]) & set(halves[1])
-    model, optimizer, done = load(run)
+    model, optimizer, done = load(tmp_path)
     assert done == 1
-    for name, tensor in (halves[0] | halves[1]).items():
-        assert torch.equal(optimizer.tensors()[name], tensor), name
+    for name, held in (halves[0] | halves[1]).items():
+        assert all(map(torch.equal, tensors(optimizer)[name], held)), name
     step(model, optimizer)
-    save(model, optimizer, 2, tokenizer, run)
-    for done, held, weights in on_ranks(2, run, load_on_a_rank, run):
+    save(model, optimizer, 2, tokenizer, tmp_path)
+    for done, held, weights in on_ranks(2, tmp_path, load_on_a_rank, tmp_path):
         assert done == 2 and all(map(torch.equal, weights, model.parameters()))
-        assert all(torch.equal(optimizer.tensors()[name], t) for name, t in held.items())
+        assert all(all(map(torch.equal, tensors(optimizer)[n], t)) for n, t in held.items())
 
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-2000])
-
-
-@pytest.mark.parametrize("name, harm", [("__0_0.distcp", type(ROOT).unlink), (".metadata", cut)])
-def test_one_that_does_not_load_is_named(run, tokenizer, name, harm):
-    trained = make()
-    for number in (1, 2):
-        save(*trained, number, tokenizer, run)
-    newest = run / "checkpoints/step_2"
-    harm(newest / "trainer_state" / name)
-    with pytest.raises(SystemExit, match=f"error: {newest} does not load: remove it, and the same"):
-        load(run)
-    newest.rename(run / "removed")  # as that line says
-    assert load(run)[2] == 1
-
-
-def test_the_newest_whole_one_counts_and_all_weights_stay(run, tokenizer):
+def test_the_newest_whole_one_counts_and_all_weights_stay(tmp_path, alone, tokenizer):
     trained = make()
     for number in (8, 9, 10, 11):  # 10 is after 9, whatever the alphabet says
-        save(*trained, number, tokenizer, run)
-    folders = [run / f"checkpoints/step_{number}" for number in (8, 9, 10, 11)]
+        save(*trained, number, tokenizer, tmp_path)
+    folders = [tmp_path / f"checkpoints/step_{number}" for number in (8, 9, 10, 11)]
     assert all((folder / "model.safetensors").exists() for folder in folders)
     assert [(p / "trainer_state").exists() for p in folders] == [False, False, True, True]
-    folders[-1].rename(run / "checkpoints/step_11.part")  # killed before the renaming
+    folders[-1].rename(tmp_path / "checkpoints/step_11.part")  # killed before the renaming
     (folders[0] / "trainer_state").mkdir()  # killed while that is removed
-    assert sdpo.resumable(run) == [10] and load(run)[2] == 10
-    save(*trained, 11, tokenizer, run)
-    assert load(run)[2] == 11 and sorted((run / "checkpoints").iterdir()) == sorted(folders)
+    assert sdpo.resumable(tmp_path) == [10] and load(tmp_path)[2] == 10
+    save(*trained, 11, tokenizer, tmp_path)
+    assert load(tmp_path)[2] == 11 and sorted((tmp_path / "checkpoints").iterdir()) == sorted(folders)
 
+def test_metrics_after_the_checkpoint_go(tmp_path, alone, tokenizer):
+    rows, metrics = [json.dumps(dict(step=n)) + "\n" for n in (1, 2, 3)], tmp_path / "metrics.jsonl"
+    metrics.write_text(rows[0])
+    assert load(tmp_path)[2] == 0 and lines(metrics) == []  # killed before the first one
+    save(*make(), 2, tokenizer, tmp_path)
+    metrics.write_text("".join(rows) + '{"step": 4, "sco')  # killed while writing
+    load(tmp_path)
+    assert metrics.read_text() == "".join(rows[:2])
 
-def test_metrics_after_the_checkpoint_go(run, tokenizer):
-    rows = [json.dumps(dict(step=n)) + "\n" for n in (1, 2, 3)]
-    (run / "metrics.jsonl").write_text(rows[0])
-    assert load(run)[2] == 0 and lines(run / "metrics.jsonl") == []  # killed before the first one
-    save(*make(), 2, tokenizer, run)
-    (run / "metrics.jsonl").write_text("".join(rows) + '{"step": 4, "sco')  # killed while writing
-    load(run)
-    assert (run / "metrics.jsonl").read_text() == "".join(rows[:2])
+def test_a_temperature_that_transformers_would_not_save_is_saved(tmp_path, alone, tokenizer):
+    model, optimizer = make()
+    model.save_pretrained(tmp_path / "m")
+    (tmp_path / "m/generation_config.json").write_text('{"temperature": 0.6, "do_sample": false}')
+    save(sdpo.load_model(tmp_path / "m"), optimizer, 1, tokenizer, tmp_path)
+    saved = (tmp_path / "checkpoints/step_1/generation_config.json").read_text()
+    assert json.loads(saved)["temperature"] == 0.6
 
+# --- the same command, and others ----------------------------------------------------------------
 
-def save_on_a_full_disk(folder, tokenizer, limit):
-    """Saves where no file may grow beyond the limit; returns what that raises."""
-    trained = make()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    try:
-        save(*trained, 2, tokenizer, folder)
-    except BaseException as error:  # torch's CheckpointException is no Exception
-        return type(error).__name__
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-
-
-@pytest.mark.parametrize("limit", [100_000, 5_000_000])  # in the weights; in the trainer's state
-def test_a_full_disk(run, tokenizer, limit):
-    save(*make(), 1, tokenizer, run)
-    assert on_ranks(1, run, save_on_a_full_disk, run, tokenizer, limit) != [None]
-    assert sdpo.resumable(run) == [1] and load(run)[2] == 1
-
-
-# --------------------------------------------------------------------- the same command, and others
-
-
-def command(run_dir, *flags):
+def command(run_dir, *more):
     return ["--model", ROOT / "toy/model", "--data", DATA / "in.jsonl", "--eval_data",
-            "--max_response_tokens", 64, "--steps", 5, "--run_dir", run_dir, *flags]
+            "--questions_per_step", 128, "--max_response_tokens", 64, "--run_dir", run_dir, *more]
 
+@pytest.fixture(params=[sdpo, grpo])
+def begun(request, tmp_path, tokenizer, alone, monkeypatch):
+    """(script, the folder of its run that has one checkpoint)."""
+    script, run = request.param, tmp_path / "run"
+    with pytest.raises(pytest.fail.Exception, match="accepted"):
+        refusal_of_main(script, monkeypatch, command(run))
+    save(*make(), 1, tokenizer, run)
+    return script, run
 
-def begin(run_dir, *flags):
-    """Up to where main() starts a process group."""
-    args = sdpo.make_parser().parse_args([*map(str, command(run_dir, *flags))])
-    sdpo.begin_run(args, ROOT / "toy/model")
-    return lines(run_dir / "config.json")[0]
+def test_what_does_not_change_the_result_may_change_on_resume(begun, monkeypatch):
+    """Out of memory, for instance, is why people start again."""
+    script, run = begun
+    for more in ([], ["--tokens_per_micro_batch", 99, "--gpu_memory_utilization", 0.5, "--steps", 7,
+                      "--save_every", 3, "--no-recompute_layers", "--adamw_device", "cuda",
+                      "--eval_data", DATA / "ood.jsonl"]):
+        with pytest.raises(pytest.fail.Exception, match="accepted"):
+            refusal_of_main(script, monkeypatch, command(run, *more))
+    (config,) = lines(run / "config.json")
+    assert config["script"] == f"{script.__name__}.py" and config["save_every"] == 3
+    assert config["commit"] and config["versions"]["torch"] == torch.__version__
 
-
-@pytest.fixture
-def begun(tmp_path, tokenizer, alone, monkeypatch):
-    """The folder of a run that has one checkpoint."""
-    monkeypatch.setattr(sys, "argv", ["sdpo.py"])
-    begin(tmp_path / "run")
-    save(*make(), 1, tokenizer, tmp_path / "run")
-    return tmp_path / "run"
-
-
-def test_the_same_command_resumes_and_steps_may_grow(begun):
-    config = begin(begun)
-    assert config["script"] == "sdpo.py" and config["world_size"] == 1 and config["lr"] == 1e-5
-    assert begin(begun, "--steps", 7)["steps"] == 7
-    (begun / "checkpoints/step_1").rename(begun / "checkpoints/step_1.part")
-    assert begin(begun, "--lr", "1e-4")["lr"] == 1e-4  # killed before its first checkpoint: anew
-
-
-def test_other_flags_are_named_and_nothing_is_overwritten(begun, monkeypatch):
-    before = {p: p.read_bytes() for p in begun.rglob("*") if p.is_file()}
-    line = refusal_of_main(sdpo, monkeypatch, command(begun, "--lr", "1e-4", "--steps", 4))
-    assert f"--run_dir {begun} began with other flags or files: --steps was 5, --lr was 1e-05;" in line
-    assert before == {p: p.read_bytes() for p in begun.rglob("*") if p.is_file()}
-
-
-def test_changed_data_is_refused(begun, monkeypatch):
-    config = lines(begun / "config.json")[0]
-    sdpo.write_lines(begun / "config.json", [dict(config, files=["d.jsonl 12 34"])])
-    line = refusal_of_main(sdpo, monkeypatch, command(begun))
-    assert "began with other flags or files: d.jsonl 12 34, in.jsonl " in line
-
-
-def test_one_process_trains_in_a_folder(tmp_path, monkeypatch):
-    hold = ("import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); "
-            "print(flush=True); input()")
-    other = subprocess.Popen([sys.executable, "-c", hold, tmp_path / "run.lock"],
-                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    other.stdout.readline()
-    assert "another process trains in it" in refusal_of_main(sdpo, monkeypatch, command(tmp_path))
-    other.kill()  # its lock goes with it
-    other.communicate()
-    monkeypatch.setattr(sys, "argv", ["sdpo.py"])
-    assert begin(tmp_path)["steps"] == 5
-
-
-def test_a_finished_run_says_so(begun, monkeypatch, capsys):
-    sdpo.write_lines(begun / "eval/step_5.json", [{}])
-    monkeypatch.setattr(sys, "argv", ["sdpo.py", *map(str, command(begun))])
-    sdpo.main()
-    assert f"{begun} has finished its 5 steps; more --steps continue it" in capsys.readouterr().out
-
-
-def test_a_folder_of_something_else_is_left_alone(tmp_path, monkeypatch):
-    (tmp_path / "notes.txt").write_text("mine")
-    line = refusal_of_main(sdpo, monkeypatch, command(tmp_path))
-    assert f"--run_dir {tmp_path} holds something else" in line
-    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
-    line = refusal_of_main(sdpo, monkeypatch, command(tmp_path / "notes.txt/run"))
-    assert f"{tmp_path}/notes.txt" in line  # permissions would not hold for root
-
-
-def test_ranks_that_start_at_once_do_not_refuse_each_other(begun, monkeypatch):
-    """One finds the folder while the first writes config.json aside."""
-    (begun / "config.json").rename(begun / "config.json.part")
-    shutil.rmtree(begun / "checkpoints")
-    monkeypatch.setenv("RANK", "1")
-    sdpo.begin_run(sdpo.make_parser().parse_args([*map(str, command(begun))]), "model")
+@pytest.mark.parametrize("more, was", [
+    (["--lr", 1e-4], "--lr"), (["--data", DATA / "ood.jsonl"], f"{DATA}/in.jsonl"),
+    (["--temperature", 0.9], "--temperature")])
+def test_what_changes_it_may_not(begun, monkeypatch, more, was):
+    script, run = begun
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    line = refusal_of_main(script, monkeypatch, command(run, *more))
+    assert f"--run_dir {run}" in line and was in line
+    assert before == {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    (run / "checkpoints/step_1").rename(run / "checkpoints/step_1.part")
+    with pytest.raises(pytest.fail.Exception, match="accepted"):  # without a checkpoint: anew
+        refusal_of_main(script, monkeypatch, command(run, *more))

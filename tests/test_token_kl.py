@@ -1,13 +1,12 @@
-"""token_kl.py: the KL of each token, which answers it reads, what it refuses. No vLLM."""
-import json
+"""extras/token_kl.py: the KL of each token, which answers it reads, what it refuses. No vLLM."""
 import sys
 
 import pytest
 import torch
 
 import sdpo
-import token_kl
 from common import ROOT, lines, refusal, toy
+from extras import token_kl
 
 
 def record(response, correct=1.0, finished=True):
@@ -15,7 +14,6 @@ def record(response, correct=1.0, finished=True):
 
 
 def write_round(folder, *groups):
-    folder.mkdir(exist_ok=True)
     sdpo.write_lines(folder / "round_0000.jsonl", [
         dict(index=i, messages=[dict(role="user", content=f"{i} + 1?")], answer=str(i + 1),
              contexts={"unguided": group} if group else {}) for i, group in enumerate(groups)])
@@ -51,18 +49,9 @@ def test_the_whole_on_the_toy(tmp_path, monkeypatch, tokenizer):
         places = torch.tensor(ids) == i
         assert table[str(i)] == dict(text=tokenizer.decode([i]), count=places.sum().item(),
                                      kl=pytest.approx(kl[places].sum().item(), abs=1e-5))
-    assert not [*out.parent.glob("*.part")]
 
 
-@pytest.mark.parametrize("text, said", [
-    (None, "no round_*.jsonl"),
-    ("{}", "round_0000.jsonl, line 1: no question with answers"),
-    (json.dumps(dict(messages=[], contexts=dict(unguided=[record("a")]))), "no round_*.jsonl"),
-    (json.dumps(dict(messages=[], contexts=dict(unguided=[record("a"), record("b")]))), "no/such"),
-])
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, text, said):
-    if text:
-        (tmp_path / "round_0000.jsonl").write_text(text)
-    monkeypatch.setattr(sys, "argv", ["token_kl.py", str(tmp_path), "--model", "no/such/folder",
-                                      "--out", str(tmp_path / "out.json")])
-    assert said in refusal(token_kl.main) and not (tmp_path / "out.json").exists()
+def test_without_a_pair_it_ends_in_one_line(tmp_path, monkeypatch):
+    folder = write_round(tmp_path / "rounds", [record("a")])
+    monkeypatch.setattr(sys, "argv", ["token_kl.py", str(folder), "--model", "no/such/folder"])
+    assert "no round_*.jsonl with a correct answer beside another" in refusal(token_kl.main)

@@ -12,6 +12,7 @@ Each replaces functions of `sdpo` or `evaluate`; `make controls` runs them all.
 
 import collections
 import json
+import random
 import sys
 from pathlib import Path
 
@@ -30,36 +31,6 @@ def marker_ids(tokenizer):
     return [i for i in range(len(tokenizer)) if epistemic.count(tokenizer.decode([i]))]
 
 
-def begin(script, control):
-    """Applies the control as soon as the script has its tokenizer, and names it in config.json,
-    so that report.py takes the run for none of the plain script."""
-    load_tokenizer, make_parser = script.load_tokenizer, script.make_parser
-
-    def replaced_tokenizer(*args):
-        path, tokenizer = load_tokenizer(*args)
-        control(tokenizer)
-        return path, tokenizer
-
-    def replaced_parser():
-        parser = make_parser()
-        parser.set_defaults(control=control.__name__)
-        return parser
-
-    script.load_tokenizer, script.make_parser = replaced_tokenizer, replaced_parser
-    script.main()
-
-
-def without_loss(silent):
-    """No loss where silent(targets) is true, of the response tokens targets (N,)."""
-    token_losses = sdpo.token_losses
-
-    def replaced(hidden, head, targets, *args, **kwargs):
-        loss, logprobs = token_losses(hidden, head, targets, *args, **kwargs)
-        return loss * ~silent(targets), logprobs
-
-    sdpo.token_losses = replaced
-
-
 def no_markers(tokenizer):
     """The loss compares the two distributions over all other tokens: it moves no marker's logit.
 
@@ -67,61 +38,75 @@ def no_markers(tokenizer):
     chosen a marker and keeps it if not, with the teacher's whole pull away from the marker.
     """
     ids = torch.tensor(marker_ids(tokenizer))
-    teacher_buckets, token_losses = sdpo.teacher_buckets, sdpo.token_losses
+    sdpo_losses = sdpo.token_losses
 
-    def without(head):
-        return lambda hidden: head(hidden).index_fill(-1, ids.to(hidden.device), -1e4)
+    def without(states):
+        hidden, head = states
+        return hidden, lambda chunk: head(chunk).index_fill(-1, ids.to(chunk.device), -1e4)
 
-    def replaced_buckets(student, teacher, *args):
-        return teacher_buckets((student[0], without(student[1])), (teacher[0], without(teacher[1])),
-                               *args)
-
-    def replaced_losses(hidden, head, targets, temperature, *buckets, alpha=None):
-        _, logprobs = token_losses(hidden, head, targets, temperature)
-        loss, _ = token_losses(hidden, without(head), targets, temperature, *buckets, alpha=alpha)
+    def token_losses(student, teacher, targets, args):
+        _, logprobs = sdpo_losses(student, teacher, targets, args)
+        loss, _ = sdpo_losses(without(student), without(teacher), targets, args)
         return loss * ~torch.isin(targets, ids.to(targets.device)), logprobs
 
-    sdpo.teacher_buckets, sdpo.token_losses = replaced_buckets, replaced_losses
+    sdpo.token_losses = token_losses
+
+
+def without_loss(silent):
+    """No loss where silent(response_ids), a list of bool, is true."""
+
+    class Student(sdpo.Student):
+
+        def forward(self, micro_batch, teacher=None):
+            loss, logprobs = super().forward(micro_batch, teacher)
+            drop = [position for r in micro_batch for position in silent(r.response_ids)]
+            return loss * ~torch.tensor(drop, device=loss.device), logprobs
+
+    sdpo.Student = Student
 
 
 def no_marker_loss(tokenizer):
-    ids = torch.tensor(marker_ids(tokenizer))
-    without_loss(lambda targets: torch.isin(targets, ids.to(targets.device)))
+    ids = set(marker_ids(tokenizer))
+    without_loss(lambda response_ids: [i in ids for i in response_ids])
 
 
 def no_answer_loss(tokenizer):
-    close, end = tokenizer.convert_tokens_to_ids("</think>"), tokenizer.eos_token_id
-
-    def after_think(targets):  # answers stand one after the other, each ends with `end`
-        closes = (targets == close).long()
-        closed = closes.cumsum(0)
-        in_answers_before = torch.where(targets == end, closed, 0).cummax(0).values.roll(1)
-        in_answers_before[:1] = 0
-        return closed - closes > in_answers_before
-
-    without_loss(after_think)
+    close = tokenizer.convert_tokens_to_ids("</think>")
+    without_loss(lambda response_ids: [close in response_ids[:i] for i in range(len(response_ids))])
 
 
 def other_question(_):
-    """The demonstration comes from the group before: a correct answer, to something else."""
-    choose, correct = sdpo.choose_demonstration, [None, None]  # of the group before, of this one
+    """The demonstration is a correct answer to another question of the step, at random."""
+    sdpo_groups = sdpo.sample_groups
 
-    def replaced(group, i, rng):
-        if i == 0:
-            own = (r for r in group if r.reward >= 0.5)
-            correct[:] = correct[1], next(own, correct[1])
-        return choose(group, i, rng) and correct[0]
+    def sample_groups(llm, verifier, tokenizer, questions, step, args):
+        rollouts = sdpo_groups(llm, verifier, tokenizer, questions, step, args)
+        correct = [r for r in rollouts if r.reward == 1]
+        for i, r in enumerate(rollouts):
+            messages = r.question["messages"]
+            others = [o.text for o in correct if o.question["messages"] != messages]
+            if r.teacher_prompt_ids and others:  # a rollout without a demonstration gets none
+                solution = random.Random(f"{args.seed}/{step}/{i}").choice(others)
+                chat = sdpo.teacher_messages(messages, solution, args.demonstration)
+                r.teacher_prompt_ids = sdpo.render(tokenizer, chat, args.enable_thinking)
+            else:
+                r.teacher_prompt_ids = None
+        return rollouts
 
-    sdpo.choose_demonstration = replaced
+    sdpo.sample_groups = sample_groups
 
 
 def banned(tokenizer):
-    bias, generate = dict.fromkeys(marker_ids(tokenizer), -100), evaluate.generate
+    bias, evaluate_generate = dict.fromkeys(marker_ids(tokenizer), -100), evaluate.generate
 
-    def replaced(*args, **sampling):
-        return generate(*args, **{**sampling, "logit_bias": bias})
+    def generate(*args, **sampling):
+        return evaluate_generate(*args, **{**sampling, "logit_bias": bias})
 
-    evaluate.generate = replaced
+    evaluate.generate = generate
+
+
+CONTROLS = dict(no_markers=no_markers, no_marker_loss=no_marker_loss,
+                no_answer_loss=no_answer_loss, other_question=other_question, banned=banned)
 
 
 def errors(folders):
@@ -155,13 +140,18 @@ def errors(folders):
 def main():
     control = sys.argv.pop(1) if len(sys.argv) > 1 else ""
     if control == "errors":
-        errors(sys.argv[1:])
-    elif control == "banned":
-        begin(evaluate, banned)
-    elif control in ("no_markers", "no_marker_loss", "no_answer_loss", "other_question"):
-        begin(sdpo, globals()[control])
-    else:
+        return errors(sys.argv[1:])
+    if control not in CONTROLS:
         sys.exit(__doc__)
+    script = evaluate if control == "banned" else sdpo
+    parser = script.make_parser()
+    parser.set_defaults(control=control)  # in config.json: report.py sees that it is not plain SDPO
+    script.make_parser = lambda: parser
+    models = parser.parse_args().model  # evaluate.py takes several, of one tokenizer
+    from transformers import AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(models if script is sdpo else models[0])
+    CONTROLS[control](tokenizer)
+    script.main()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Table 6 (App. B.6): how far apart are student and teacher on each token, before any training?
 
-    python token_kl.py --model deepseek-ai/DeepSeek-R1-Distill-Qwen-7B runs/conditions/rounds
+    python -m extras.token_kl --model deepseek-ai/DeepSeek-R1-Distill-Qwen-7B runs/conditions/rounds
 
 Reads the unguided answers y that generate_conditions.py has sampled; as in sdpo.py the teacher sees
 a correct answer c to the same question, here the first one that is not y itself; a y without a c is
@@ -10,7 +10,6 @@ The files hold text, so y is encoded again, without the token that ends it.
 """
 import argparse
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -21,18 +20,14 @@ import sdpo
 
 def read_answers(folder):
     """[(messages, y, c)] of all questions in a folder of rounds."""
-    files, answers = sorted(Path(folder).glob("round_*.jsonl")), []
-    for file in files:
-        for number, line in enumerate(file.read_text().splitlines(), 1):
-            try:
-                question = json.loads(line)
-                group = question["contexts"].get("unguided", [])
-                for y in group:
-                    right = [r for r in group if r["correct"] and r["finished"] and r is not y]
-                    if right:
-                        answers.append((question["messages"], y["response"], right[0]["response"]))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{file}, line {number}: no question with answers ({error!r})")
+    answers = []
+    for file in sorted(Path(folder).glob("round_*.jsonl")):
+        for question in map(json.loads, file.read_text().splitlines()):
+            group = question["contexts"].get("unguided", [])
+            for y in group:
+                correct = [r for r in group if r["correct"] and r["finished"] and r is not y]
+                if correct:
+                    answers.append((question["messages"], y["response"], correct[0]["response"]))
     if not answers:
         raise ValueError(f"{folder}: no round_*.jsonl with a correct answer beside another")
     return answers
@@ -40,12 +35,12 @@ def read_answers(folder):
 @torch.no_grad()
 def token_kl(model, student_prompt, teacher_prompt, response):
     """KL(student || teacher) at each token of the response, (T,); (T, V) never exists."""
-    hidden = [sdpo.response_hidden(model, [prompt], [response]).split(sdpo.CHUNK)
-              for prompt in (student_prompt, teacher_prompt)]
-    head, chunks = model.get_output_embeddings(), []
-    for pair in zip(*hidden):
-        student, teacher = (head(h).float().log_softmax(-1) for h in pair)  # (C, V)
-        chunks.append(sdpo.divergence(student, teacher, alpha=1))
+    student, head = sdpo.response_states(model, [student_prompt], [response])  # (T, D)
+    teacher, head = sdpo.response_states(model, [teacher_prompt], [response])
+    chunks = []
+    for pair in zip(student.split(sdpo.CHUNK), teacher.split(sdpo.CHUNK)):
+        logprobs = [head(hidden).float().log_softmax(-1) for hidden in pair]  # (C, V) each
+        chunks.append(sdpo.divergence(*logprobs, alpha=1))
     return torch.cat(chunks)
 
 def main():
@@ -59,18 +54,19 @@ def main():
     args = parser.parse_args()
     try:
         answers = read_answers(args.rounds)
-        path, tokenizer = sdpo.load_tokenizer(args.model, positions=1)
+        from transformers import AutoTokenizer
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        model = sdpo.load_model(args.model).to("cuda" if torch.cuda.is_available() else "cpu")
     except Exception as error:  # what transformers raises has no common class
-        parser.error(" ".join(str(error).split()))
-    model = sdpo.load_model(path, "cuda" if torch.cuda.is_available() else "cpu")
+        parser.error(" ".join(f"{type(error).__name__}: {error}".split()))
     kl, count = Counter(), Counter()  # by token id
-    for messages, y, c in tqdm(answers, unit="answer", leave=False,
-                               mininterval=0.1 if sys.stderr.isatty() else 60):
-        prompts = [sdpo.render(tokenizer, chat, args.enable_thinking)
-                   for chat in (messages, sdpo.teacher_messages(messages, c, "full"))]
+    for messages, y, c in tqdm(answers, unit="answer", **sdpo.BAR):
+        student_prompt = sdpo.render(tokenizer, messages, args.enable_thinking)
+        teacher_prompt = sdpo.render(
+            tokenizer, sdpo.teacher_messages(messages, c, "full"), args.enable_thinking)
         ids = tokenizer.encode(y, add_special_tokens=False)
         count.update(ids)
-        for i, value in zip(ids, token_kl(model, *prompts, ids).tolist()):
+        for i, value in zip(ids, token_kl(model, student_prompt, teacher_prompt, ids).tolist()):
             kl[i] += value
     table = {i: dict(text=tokenizer.decode([i]), kl=kl[i], count=count[i]) for i in count}
     sdpo.write_lines(Path(args.out), [table])
