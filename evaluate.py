@@ -1,15 +1,15 @@
 """Evaluation: Sec. 5-6, Table 11 and App. F.4 of the paper.
 
-n answers to every question of a benchmark, sampled as Table 11 says for the model's family: score
-(acc@n: mean over samples, then questions), pass@k, length, part of cut answers, epistemic markers.
+n responses to every question of a benchmark, sampled as Table 11 says for the model's family: score
+(acc@n: mean over samples, then questions), pass@k, length, rate of cut ones, epistemic markers.
 
     python evaluate.py --model Qwen/Qwen3-8B                          # AIME24/25, AMC23, MATH500
     torchrun --nproc_per_node 8 evaluate.py --model runs/sdpo/checkpoints/step_*     # Figures 4, 19
 
 Models that differ in nothing but their weights share one engine. <out>/<model>/<benchmark>.jsonl
-holds a line an answer, <benchmark>.json the result and what it belongs to, <out>/summary.json all
+holds a line a response, <benchmark>.json the result and what it belongs to, <out>/summary.json all
 results. The same command again makes what is missing or belongs to another model, data or flags.
-Another number of GPUs samples other answers.
+On another number of GPUs the responses will be others.
 
 What the paper does not show (the authors' code: 5c51051 of beanie00/self-distillation-analysis):
   - Table 11 lists top-k 20, but their script never passes it on: they sampled with --top_k 0
@@ -34,7 +34,7 @@ from tqdm import tqdm
 import epistemic
 from verifier import Verifier, load_questions
 
-DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32  # weights, vLLM
+DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32  # of model and vLLM
 TQDM = dict(leave=False, disable=not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0")
 
 # --- arguments, Table 11 -------------------------------------------------------------------------
@@ -48,13 +48,13 @@ def make_parser():
     add("--data", nargs="+", default=["aime24", "aime25", "amc23", "math500"],
         help="these, hub ids, or .parquet, .json or .jsonl files")
     add("--enable_thinking", action=switch, default=True, help="for Qwen3's chat template")
-    add("--samples", type=int, default=16, help="answers to each question: acc@n, pass@1..n")
-    add("--temperature", type=float, help="default: Table 11, by family")
-    add("--top_p", type=float, help="default: Table 11, by family")
-    add("--top_k", type=int, help="default: Table 11, by family; 0: all tokens")
+    add("--samples", type=int, default=16, help="responses to each question: acc@n, pass@1..n")
+    add("--temperature", type=float, help="None: Table 11's, by family")
+    add("--top_p", type=float, help="None: Table 11's, by family")
+    add("--top_k", type=int, help="None: Table 11's, by family; 0: all tokens")
     add("--max_prompt_tokens", type=int, default=2048, help="longer prompts are dropped")
-    add("--max_response_tokens", type=int, default=38912, help="longer answers are cut")
-    add("--gpu_memory_utilization", type=float, default=0.9, help="(ours) vLLM's")
+    add("--max_response_tokens", type=int, default=38912, help="longer responses are cut")
+    add("--gpu_memory_utilization", type=float, default=0.9, help="(ours) for vLLM")
     add("--out", default="runs/eval", help="folder of the results; finished ones are kept")
     add("--seed", type=int, default=0, help="of sampling")
     return parser
@@ -69,11 +69,11 @@ def choose_sampling(chat_template, args):
 # --- measures ------------------------------------------------------------------------------------
 
 def pass_at_k(n, correct, k):
-    """Chance that k of n answers, drawn without replacement, hold a correct one (Chen et al.)."""
+    """Chance that k of n responses, drawn without replacement, hold a correct one (Chen et al.)."""
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 def summarise(records, samples):
-    """The row of one benchmark: acc@n, pass@k and means over all answers."""
+    """The row of one benchmark: acc@n, pass@k and means over all responses."""
     correct = {}  # of each question
     for r in records:
         correct[r["index"]] = correct.get(r["index"], 0) + int(r["correct"])
@@ -98,7 +98,7 @@ def table(models):
 # --- run -----------------------------------------------------------------------------------------
 
 def sample_benchmark(llm, verifier, questions, sampling, args):
-    """The records of every question's answers. Each rank samples a part."""
+    """The records of the responses to all questions. Each rank samples a part."""
     own = questions[dist.get_rank() :: dist.get_world_size()]
     rollouts = generate(llm, verifier, own, args.seed + dist.get_rank(), n=args.samples,
                         max_tokens=args.max_response_tokens, **sampling)
@@ -121,7 +121,7 @@ def main():
         if tokenizer.decode(tokenizer.encode("So 3?", add_special_tokens=False)) != "So 3?":
             raise ValueError(f"--model {first}: its tokenizer loses text; is a file missing?")
         positions = AutoConfig.from_pretrained(first).max_position_embeddings
-        args.max_prompt_tokens = min(args.max_prompt_tokens, positions - 1)  # 1 for the answer
+        args.max_prompt_tokens = min(args.max_prompt_tokens, positions - 1)  # 1 for the response
         benchmarks = {source: read_questions(source, tokenizer, args) for source in args.data}
         sampling = choose_sampling(tokenizer.chat_template, args)
         origins = {Path(out, name, f"{Path(source).stem}.json"):  # of each result
@@ -149,7 +149,7 @@ def main():
             row = summarise(records, args.samples)
             say(f"{path.with_suffix('')}  {epistemic.line(row)}")
             if dist.get_rank() == 0:
-                path.unlink(missing_ok=True)  # killed here, the answers belong to nothing
+                path.unlink(missing_ok=True)  # killed here, the responses belong to nothing
                 write_lines(path.with_suffix(".jsonl"), records)
                 write_lines(path, [dict(origin, row=row)])
     if dist.get_rank() == 0:
@@ -208,8 +208,8 @@ def generate(llm, verifier, questions, seed, **sampling):
                            SamplingParams(detokenize=False, **sampling),  # token by token: slow
                            use_tqdm=not TQDM["disable"] and (lambda **bar: tqdm(**bar, **TQDM)))
     answers = [(q, answer) for q, output in zip(questions, outputs) for answer in output.outputs]
-    texts = llm.get_tokenizer().batch_decode([answer.token_ids for _, answer in answers],
-                                             skip_special_tokens=True)
+    decode = llm.get_tokenizer().decode  # batch_decode makes one text of no answers at all
+    texts = [decode(answer.token_ids, skip_special_tokens=True) for _, answer in answers]
     rewards = verifier.verify(texts, [q["answer"] for q, _ in answers])
     return [Rollout(q, list(a.token_ids), a.logprobs and a.logprobs.logprobs, text,
                     a.finish_reason == "stop", reward)
@@ -250,11 +250,11 @@ def beside_weights(folder):
     """What the engine loads of a model besides its weights."""
     from transformers import AutoConfig, AutoTokenizer
     config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    generation = Path(folder, "generation_config.json")  # a base model may have none
-    eos = json.loads(generation.read_text()).get("eos_token_id") if generation.exists() else None
-    same = {name: value for name, value in config.to_dict().items()
-            if name not in ("dtype", "transformers_version", "_name_or_path")}
-    return same, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, eos
+    settings = {name: value for name, value in config.to_dict().items()
+                if name not in ("dtype", "transformers_version", "_name_or_path")}
+    file = Path(folder, "generation_config.json")  # where there is none the config's eos holds
+    eos = (json.loads(file.read_text()) if file.exists() else settings).get("eos_token_id")
+    return settings, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, eos
 
 def origin_of(folder, source, sampling, args):
     """What a result belongs to: flags, model, data, and (name, size, time) of their files."""

@@ -314,8 +314,8 @@ def generate(llm, verifier, questions, seed, **sampling):
                            SamplingParams(detokenize=False, **sampling),  # token by token: slow
                            use_tqdm=not TQDM["disable"] and (lambda **bar: tqdm(**bar, **TQDM)))
     answers = [(q, answer) for q, output in zip(questions, outputs) for answer in output.outputs]
-    texts = llm.get_tokenizer().batch_decode([answer.token_ids for _, answer in answers],
-                                             skip_special_tokens=True)
+    decode = llm.get_tokenizer().decode  # batch_decode makes one text of no answers at all
+    texts = [decode(answer.token_ids, skip_special_tokens=True) for _, answer in answers]
     rewards = verifier.verify(texts, [q["answer"] for q, _ in answers])
     return [Rollout(q, list(a.token_ids), a.logprobs and a.logprobs.logprobs, text,
                     a.finish_reason == "stop", reward)
