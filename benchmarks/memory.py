@@ -33,8 +33,6 @@ DECODE_EFFICIENCY = 16.4e9 / (3.1 / 512) / 4.8e12  # of its bytes a second: 512 
 CHUNK, RUNNING = 512, 256  # sdpo.CHUNK; answers that vLLM decodes at once (max_num_seqs)
 PROMPT, BUDGET = 2048, 24576  # --max_prompt_tokens, --tokens_per_micro_batch
 
-# --- a model -------------------------------------------------------------------------------------
-
 def config_of(name):
     """The configuration of a shape's name or of a model's folder."""
     from transformers import AutoConfig, Qwen3Config
@@ -54,10 +52,10 @@ def parameters(config):
     layer = attention + 3 * c.hidden_size * c.intermediate_size + 2 * c.hidden_size
     return layer * c.num_hidden_layers + c.hidden_size, c.vocab_size * c.hidden_size
 
-def weights(config, tied=None):
+def weights(config, tied=True):
     """Bytes in bfloat16; vLLM's embeddings are never tied (sdpo.make_engine)."""
     body, head = parameters(config)
-    return 2 * (body + head * (1 if (config.tie_word_embeddings if tied is None else tied) else 2))
+    return 2 * (body + head * (1 if tied and config.tie_word_embeddings else 2))
 
 def kv_bytes(config):
     """KV cache of a token in bfloat16."""
@@ -77,8 +75,6 @@ def flops(config, lengths):
     return sum(3 * forward_flops(config, prompt + response, response)
                + (forward_flops(config, shown + response, response) if shown else 0)
                for prompt, response, shown in lengths)
-
-# --- what it takes -------------------------------------------------------------------------------
 
 def activations(config, student, teacher):
     """Bytes of a micro-batch of so many tokens, with --recompute_layers.
@@ -104,13 +100,9 @@ def largest_micro_batch(algorithm, length, budget):
     shown = length if algorithm == "sdpo" else 0
     return max(budget, PROMPT + length), max(budget, PROMPT + shown + length)
 
-def cache_bytes(config, size, utilization=0.7):
-    """KV cache that vLLM has."""
-    return utilization * size - weights(config, tied=False) - PROFILE
-
-def sampling_bytes(config, size, utilization=0.7):
-    """All that is taken while vLLM samples."""
-    return weights(config) + utilization * size + GRAPHS
+def cache_bytes(config, size):
+    """KV cache that vLLM has, with --gpu_memory_utilization 0.7."""
+    return 0.7 * size - weights(config, tied=False) - PROFILE
 
 def cpu_bytes(config, ranks, ema=False):
     """Of a node: AdamW's state, --ema's average; a rank's buffer, and 10 GB for Python and CUDA."""
@@ -121,42 +113,29 @@ def fits(model, gpu, algorithm, length, budget=BUDGET):
     """Update and sampling fit, and the cache holds 8 of the longest answers."""
     config, size = config_of(model), GPUS[gpu][0]
     peak = max(update_bytes(config, algorithm, *largest_micro_batch(algorithm, length, budget)),
-               sampling_bytes(config, size))
+               weights(config) + 0.7 * size + GRAPHS)
     room = cache_bytes(config, size) / kv_bytes(config)
     return peak + RESERVE <= size and room >= 8 * (PROMPT + length)
 
-# --- hours ---------------------------------------------------------------------------------------
+def hours(model, gpu, algorithm, answers, length):
+    """A step's, for so many answers a GPU, of so many tokens in the mean.
 
-def generation_hours(config, cache, bandwidth, answers, length):
-    """Each decoding step reads the weights, and the cache of all answers that run.
-
-    An answer takes half its length of cache, on average. Not counted: prefill, answers that vLLM
-    has to begin again, and the wait for the longest at the end.
+    Sampling: a decoding step reads the weights, and half an answer's cache for each that runs.
+    Update: every answer is trained on, a demonstration is as long; half of them are read once more,
+    for the second mini-batch's start. Not counted: prefill, answers that vLLM has to begin again,
+    the wait for the longest, evaluation, optimizer, all-reduce.
     """
-    running = min(RUNNING, answers, cache / (kv_bytes(config) * length / 2))
-    step = weights(config, tied=False) + running * kv_bytes(config) * length / 2
-    return answers * length / running * step / (DECODE_EFFICIENCY * bandwidth) / 3600
-
-def update_hours(config, algorithm, rate, answers, length):
-    """Every answer is trained on; half of them once more, for the second mini-batch's start.
-
-    The teacher sees a demonstration as long as an answer. Not counted: optimizer and all-reduce.
-    """
+    config, (size, bandwidth, rate) = config_of(model), GPUS[gpu]
+    filled = kv_bytes(config) * length / 2
+    running = min(RUNNING, answers, cache_bytes(config, size) / filled)
+    read = answers * length / running * (weights(config, tied=False) + running * filled)
     shown = 100 + length if algorithm == "sdpo" else 0
     work = flops(config, [(100, length, shown)]) + forward_flops(config, 100 + length, length) / 2
-    return answers * work / (UPDATE_EFFICIENCY * rate) / 3600
-
-def hours(model, gpu, algorithm, answers, length):
-    """(sampling, update) of a step with so many answers a GPU, of so many tokens in the mean."""
-    config, (size, bandwidth, rate) = config_of(model), GPUS[gpu]
-    cache = cache_bytes(config, size)
-    return (generation_hours(config, cache, bandwidth, answers, length),
-            update_hours(config, algorithm, rate, answers, length))
-
-# --- tables --------------------------------------------------------------------------------------
+    sampling, update = read / (DECODE_EFFICIENCY * bandwidth), work / (UPDATE_EFFICIENCY * rate)
+    return (sampling + answers * update) / 3600
 
 def two_digits(number):
-    """The rates are known no better."""
+    """The rates are not known better."""
     return f"{float(f'{number:.2g}'):,g}"
 
 def row(model, gpu, length, budget=BUDGET):
@@ -165,7 +144,7 @@ def row(model, gpu, length, budget=BUDGET):
     peak = update_bytes(config, "sdpo", *largest_micro_batch("sdpo", length, budget)) / GB
     cells = [model.title(), str(gpu), "does not fit", f"{budget:,}", f"{peak:.0f}", "", "", ""]
     if fits(model, gpu, "sdpo", length, budget):
-        step = sum(hours(model, gpu, "sdpo", 64 * 8, length / 2))
+        step = hours(model, gpu, "sdpo", 64 * 8, length / 2)
         cells[2:3] = [f"{length:,}"]
         cells[5:] = [f"{cache_bytes(config, size) / GB:.0f}",
                      f"{cpu_bytes(config, 1) / GB:.0f}", two_digits(step)]
@@ -173,18 +152,20 @@ def row(model, gpu, length, budget=BUDGET):
 
 def one_gpu():
     """The longest answers that fit, of three lengths; the last row is README.md's recipe."""
-    rows = [row(model, gpu, next((length for length in (20480, 8192, 4096)
-                                  if fits(model, gpu, "sdpo", length)), 4096))
-            for model in SHAPES for gpu in GPUS]
+    rows = []
+    for model in SHAPES:
+        for gpu in GPUS:
+            fitting = (n for n in (20480, 8192, 4096) if fits(model, gpu, "sdpo", n))
+            rows.append(row(model, gpu, next(fitting, 4096)))
     return [*rows, row("qwen3-1.7b", 24, 4096, 12288)]
 
 def papers_run():
     """256 questions x 8 answers of about 10,000 tokens a step; 100 steps."""
     rows = []
     for model in ("qwen3-1.7b", "qwen3-8b"):
-        for ranks, gpu in ((1, 80), (1, 141), (8, 80), (8, 141)):
+        for ranks, gpu in ((1, 80), (8, 80), (8, 141)):
             config = config_of(model)
-            steps = [sum(hours(model, gpu, algorithm, 256 * 8 / ranks, 10_000))
+            steps = [hours(model, gpu, algorithm, 256 * 8 / ranks, 10_000)
                      for algorithm in ("grpo", "sdpo")]
             cells = [model.title(), f"{ranks} x {gpu}", *map(two_digits, steps),
                      *(two_digits(100 * ranks * step) for step in steps),

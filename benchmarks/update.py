@@ -1,13 +1,13 @@
-"""The update alone, without vLLM: tokens/s, share of the matrix rate, peak memory, seconds by part.
+"""The update alone, without vLLM: seconds by part, share of the matrix rate.
 
     python benchmarks/update.py                          # the toy, this machine
     python benchmarks/update.py --model qwen3-8b --sequences 16 --shortest 2048 --longest 8192 \
         --demonstration_tokens 4096 --tokens_per_micro_batch 24576                   # a GPU
-    python benchmarks/update.py --optimizer              # MasterAdamW alone, in CPU memory
+    python benchmarks/update.py --optimizer 21           # MasterAdamW alone: 486 million parameters
 
 Random weights, random token ids of the lengths asked for. The update is sdpo.update or grpo.update
-itself; model FLOPs count no recomputation and no padding. --optimizer takes bfloat16 weights of
-Qwen3-0.6B's shape, 21 of its 28 layers. Another version of the script: PYTHONPATH=its/folder.
+itself; model FLOPs count no recomputation and no padding. PYTHONPATH=FOLDER takes the script of
+another checkout, to compare.
 """
 import argparse
 import hashlib
@@ -24,23 +24,6 @@ import numpy as np
 import torch
 
 import memory
-
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--model", default=str(ROOT / "toy/model"), help=f"{', '.join(memory.SHAPES)}, a folder")
-    add("--algorithm", choices=["grpo", "sdpo"], default="sdpo")
-    add("--sequences", type=int, default=128)
-    add("--shortest", type=int, default=50, help="response tokens; the others lie evenly between")
-    add("--longest", type=int, default=400)
-    add("--prompt_tokens", type=int, default=60)
-    add("--demonstration_tokens", type=int, default=200, help="SDPO's teacher sees them as well")
-    add("--tokens_per_micro_batch", type=int, default=8192)
-    add("--recompute_layers", action=argparse.BooleanOptionalAction, default=True)
-    add("--repeat", type=int, default=3, help="updates or optimizer steps, after one to warm up")
-    add("--optimizer", action="store_true", help="MasterAdamW alone")
-    return parser.parse_args()
 
 def build(config, device, dtype):
     """The model with random weights, made where it stays."""
@@ -73,7 +56,7 @@ def make_rollouts(script, args, vocabulary):
         return rng.integers(5, vocabulary, n).tolist()
     rollouts = []
     for i, length in enumerate(lengths.tolist()):
-        question = dict(prompt_ids=ids(args.prompt_tokens))
+        question = dict(prompt_ids=ids(60))
         r = script.Rollout(question, ids(length), [-math.log(vocabulary)] * length, "", True, 0.0)
         if args.algorithm == "sdpo":
             r.teacher_prompt_ids = question["prompt_ids"] + ids(args.demonstration_tokens)
@@ -87,17 +70,6 @@ def lengths_of(rollouts):
     return [(len(r.question["prompt_ids"]), len(r.response_ids),
              len(getattr(r, "teacher_prompt_ids", []))) for r in rollouts]
 
-def peak(device, reset=False):
-    """Peak memory in bytes since the last reset: allocated on a GPU, resident on CPU."""
-    if device.type == "cuda":
-        if reset:
-            torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.max_memory_allocated()
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
-
 def time_update(script, args, device):
     from transformers import AutoModelForCausalLM
     config = memory.config_of(args.model)
@@ -110,8 +82,7 @@ def time_update(script, args, device):
     models = [model]
     if args.algorithm == "sdpo":
         models.append(script.load_model(args.model))
-    if args.recompute_layers:
-        model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    model.gradient_checkpointing_enable(dict(use_reentrant=False))
     optimizer = script.MasterAdamW(model, lr=1e-6, weight_decay=0.01)
     script.MISMATCH_LIMIT = math.inf  # no vLLM sampled these rollouts
     rollouts, seconds = make_rollouts(script, args, config.vocab_size), {}
@@ -128,7 +99,7 @@ def time_update(script, args, device):
     timed(torch.Tensor, "backward", "backward")
     timed(optimizer, "add_gradients", "gradients to their owners")
     timed(optimizer, "step", "optimizer")
-    times, before = [], peak(device, reset=True)
+    times = []
     for i in range(args.repeat + 1):
         if i == 1:
             seconds.clear()
@@ -136,25 +107,23 @@ def time_update(script, args, device):
         script.update(*models, optimizer, rollouts, 1e-6, settings)
         times.append((now(device) - start, time.process_time() - cpu))
     whole, cpu = sorted(times[1:])[args.repeat // 2]
-    most, rate = peak(device), matrix_rate(device, script.DTYPE)
+    rate = matrix_rate(device, script.DTYPE)
     work = memory.flops(config, lengths_of(rollouts))
-    tokens = sum(args.prompt_tokens + len(r.response_ids) for r in rollouts)
-    print(f"{whole:.2f} s ({cpu:.2f} of CPU), {tokens / whole:,.0f} tokens/s, "
-          f"{work / whole / rate:.1%} of {rate / 1e12:.3g} TFLOP/s, peak "
-          f"{most / 2**30:.2f} GiB, {(most - before) / 2**30:.2f} of the update")
+    share = f"{work / whole / rate:.1%} of {rate / 1e12:.3g} TFLOP/s"
+    print(f"{whole:.2f} s ({cpu:.2f} of CPU), {share}")
     for label, s in seconds.items():
         print(f"  {label:26s} {s / args.repeat:8.3f} s")
 
 def time_optimizer(script, args):
     """Every gradient is new; the digest is of weights and masters at the end."""
     config = memory.config_of("qwen3-0.6b")
-    config.num_hidden_layers = 21
+    config.num_hidden_layers = args.optimizer
     model = build(config, torch.device("cpu"), torch.bfloat16)
     optimizer = script.MasterAdamW(model, lr=1e-5, weight_decay=0.01)
     noise = torch.randn(2**20, generator=torch.Generator().manual_seed(0)).bfloat16()
     for step in range(args.repeat + 1):
         for w in model.parameters():
-            w.grad = torch.zeros_like(w) if w.grad is None else w.grad
+            w.grad = torch.empty_like(w) if w.grad is None else w.grad
             for part in w.grad.flatten().split(len(noise)):
                 part.copy_(noise[: len(part)] * (step + 1))
         seen = [(time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF))]
@@ -172,12 +141,23 @@ def time_optimizer(script, args):
     print(f"{model.num_parameters():,} parameters, weights and masters {digest.hexdigest()[:12]}")
 
 def main():
-    args = parse_args()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--model", default=str(ROOT / "toy/model"), help=f"{', '.join(memory.SHAPES)}, a folder")
+    add("--algorithm", choices=["grpo", "sdpo"], default="sdpo")
+    add("--sequences", type=int, default=128)
+    add("--shortest", type=int, default=50, help="response tokens; the others lie evenly between")
+    add("--longest", type=int, default=400)
+    add("--demonstration_tokens", type=int, default=200, help="SDPO's teacher sees them as well")
+    add("--tokens_per_micro_batch", type=int, default=8192)
+    add("--repeat", type=int, default=3, help="updates or optimizer steps, after one to warm up")
+    add("--optimizer", type=int, metavar="LAYERS", help="MasterAdamW alone, in CPU memory, on "
+        "bfloat16 weights of Qwen3-0.6B's shape with so many of its 28 layers")
+    args = parser.parse_args()
     script = __import__(args.algorithm)
     device = script.start_process_group()
-    where = torch.cuda.get_device_name() if device.type == "cuda" else (
-        f"CPU, {torch.get_num_threads()} threads")
-    print(f"{args.algorithm}, {where}, torch {torch.__version__}, {vars(args)}")
+    print(f"{device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     if args.optimizer:
         time_optimizer(script, args)
     else:
