@@ -205,9 +205,9 @@ def measure(size, lr=1e-6, rounds=sdpo.ROUND, recompute=False):
     with mock.patch.multiple(sdpo, ROUND=rounds, CHUNK=16, MISMATCH_LIMIT=math.inf):
         args, batch, (model, optimizer) = flags(), make_batch(size), learner(sdpo)
         gradient = gradients_of(optimizer)
-        storages, add = [], optimizer.add_gradients
-        optimizer.add_gradients = lambda: add() or storages.append(
-            len({w.grad.untyped_storage()._cdata for w in model.parameters()}))
+        storages = []  # of gradients, before each micro-batch
+        model.get_decoder().register_forward_pre_hook(lambda *_: storages.append(len(
+            {w.grad.untyped_storage()._cdata for w in model.parameters() if w.grad is not None})))
         if recompute:  # as main() does
             model.gradient_checkpointing_enable(dict(use_reentrant=False))
         metrics = sdpo.update(model, toy(), optimizer, batch, lr, args)
