@@ -39,7 +39,7 @@ def read_questions(source, tokenizer, args, draw=False):
     if source is None:
         raise ValueError("--data is required: questions with a worked `solution` beside the answer")
     questions = sdpo_questions(source, tokenizer, args, draw)
-    bare = sum(q.get("solution", "").strip() in ("", q["answer"]) for q in questions)
+    bare = sum(str(q.get("solution", "")).strip() in ("", q["answer"]) for q in questions)
     if draw and bare:
         raise ValueError(f"--data {source}: {bare:,} of {len(questions):,} questions have no "
                          "`solution`, or one that is only the answer")
