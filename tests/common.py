@@ -140,7 +140,7 @@ class Job:
         finally:
             self.kill()
         said = self.log.read_text()
-        assert [process.exitcode for process in self.processes] == [code] * len(self.processes), said
+        assert {process.exitcode for process in self.processes} == {code}, said
         return said
 
 def play(log, script, argv, env):

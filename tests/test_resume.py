@@ -20,8 +20,8 @@ def state_of(optimizer):
     return dict(masters=optimizer.masters, moments=optimizer.moments)
 
 def tensors(optimizer):
-    """{name: (master, moment, moment)} of this rank."""
-    return {name: (master, optimizer.moments[name]["exp_avg"], optimizer.moments[name]["exp_avg_sq"])
+    """{name: (master, count of steps, moment, moment)} of this rank."""
+    return {name: (master, *optimizer.moments[name].values())
             for name, master in optimizer.masters.items()}
 
 def step(model, optimizer):
@@ -95,7 +95,8 @@ def test_the_newest_whole_one_counts_and_all_weights_stay(tmp_path, alone, token
     (folders[0] / "trainer_state").mkdir()  # killed while that is removed
     assert sdpo.resumable(tmp_path) == [10] and load(tmp_path)[2] == 10
     save(*trained, 11, tokenizer, tmp_path)
-    assert load(tmp_path)[2] == 11 and sorted((tmp_path / "checkpoints").iterdir()) == sorted(folders)
+    assert load(tmp_path)[2] == 11
+    assert sorted((tmp_path / "checkpoints").iterdir()) == sorted(folders)
 
 def test_metrics_after_the_checkpoint_go(tmp_path, alone, tokenizer):
     rows, metrics = [json.dumps(dict(step=n)) + "\n" for n in (1, 2, 3)], tmp_path / "metrics.jsonl"

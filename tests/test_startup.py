@@ -1,4 +1,4 @@
-"""What cannot work ends in one line with exit code 2, before vLLM starts, and nothing is written."""
+"""What cannot work ends in one line with exit code 2, before vLLM starts; nothing is written."""
 import json
 import shutil
 
