@@ -56,7 +56,7 @@ class Run:
     def text(self, quantity, benchmark, step=None):
         mean, error, over = self.value(quantity, benchmark, step)
         digits = {"score": 3, "length": 0, "epistemic": 1}[quantity]
-        return f"{mean:,.{digits}f}" + (f" ± {error:,.{digits}f} {over}" if over else "")
+        return f"{mean:,.{digits}f}" + (f"±{error:,.{digits}f}\xa0{over}" if over else "")
 
 def read(path, use):
     """Yields use(object) of each line of a file."""
@@ -194,11 +194,11 @@ def curves(title, arms, benchmark, quantities=NAMES):
 
 def table(arms, benchmark):
     """Where the runs end."""
-    rows = [[benchmark, "seeds", "step", "score", "tokens", "markers"]]
+    rows = [[benchmark, "score", "tokens", "markers"]]
     for run in arms.values():
         for step in run.steps(benchmark)[-1:]:
-            texts = [run.text(quantity, benchmark) for quantity in NAMES]
-            rows.append([run.label, len(run.results[benchmark, step]), step, *texts])
+            name = f"{run.label} (step {step}, seeds {len(run.results[benchmark, step])})"
+            rows.append([name, *(run.text(quantity, benchmark) for quantity in NAMES)])
     return rows
 
 # --- the paper's claims, figures and tables ------------------------------------------------------
@@ -259,7 +259,7 @@ such answers (d_sg), though all are right, makes the model wrong; on unguided on
         yield table(s.arms, name)
 
 def figures_1_to_6(s):
-    """Figures 1, 3 to 6, 14: training. SDPO becomes short and sure: right in a narrow domain only."""
+    """Figures 1, 3 to 6, 14: training. SDPO turns short and sure: right in narrow domains only."""
     drawn = {label: run for label, run in s.arms.items()
              if label != "Base" and run.differs <= {"demonstration", "ema", "top_k", "lr"}}
     for name in s.benchmarks if s.domain else []:
@@ -332,7 +332,7 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Self-disti
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 1360px; margin: auto; padding: 0 1em }
 img { width: 420px; max-width: 100% } div { overflow-x: auto } tr:first-child { font-weight: bold }
-td { padding-right: 1em; vertical-align: top; white-space: pre-wrap }
+td { padding-right: .8em; vertical-align: top; white-space: pre-wrap } table { margin-top: 1em }
 </style><h1>Self-distillation, measured</h1><p>±: the larger standard error of that over seeds (s)
 and that over questions (q), in training over five steps. Base: before training.</p>"""
 
@@ -368,7 +368,8 @@ def report(folder):
     print(f"\n{folder}/report.html")
 
 def main():
-    parser = argparse.ArgumentParser(description="The paper's tables and figures of your runs.")
+    parser = argparse.ArgumentParser(description="The paper's tables and figures of your runs.",
+                                     usage=argparse.SUPPRESS)
     parser.add_argument("folder", type=Path, help="what holds the runs")
     try:
         report(parser.parse_args().folder)

@@ -1,12 +1,14 @@
-"""extras/report.py on folders written here, whose numbers are worked out by hand."""
+"""extras/report.py and toy/picture.py on folders written here, with numbers worked out by hand."""
 import json
 import sys
 
 import pytest
+from PIL import Image
 
 import epistemic
 from common import refusal
 from extras import report
+from toy import picture
 
 SAME = dict(model="toy/model", enable_thinking=True, questions_per_step=8, seed=0)
 
@@ -18,8 +20,9 @@ def write(path, *rows):
 
 def answers(benchmark, corrects, text):
     """One answer a question, graded as told."""
-    return [epistemic.record(text, float(c), 10 + i, True, benchmark=benchmark, index=i, answer="3",
-                             question="What is 1 + 2?") for i, c in enumerate(corrects)]
+    return [dict(benchmark=benchmark, index=i, question="What is 1 + 2?", answer="3",
+                 response=text, correct=float(correct), tokens=10 + i, finished=True,
+                 epistemic=epistemic.count(text)) for i, correct in enumerate(corrects)]
 
 
 def train(folder, script, after, text="So 3.", training=(0.5,), data="dapo", benchmark="aime24",
@@ -40,15 +43,19 @@ def page_of(folder):
     return (folder / "report.html").read_text()
 
 
-def run_of(folder, label="SDPO"):
-    (run,) = [run for run in report.load_runs(folder) if run.label == label]
-    return run
+def settings_of(folder):
+    return [*report.settings(report.load_runs(folder))]
+
+
+def text_of(folder, benchmark):
+    """SDPO's score."""
+    return settings_of(folder)[0].arms["SDPO"].text("score", benchmark).replace("\xa0", " ")
 
 
 def verdicts(folder):
     """{claim: [holds here, our numbers]} of all settings"""
-    return {row[0].partition(" (")[0]: row[1:] for s in report.settings(report.load_runs(folder))
-            for rows in report.claims(s).values() for row in rows[1:]}
+    return {row[0].partition(" (")[0]: row[1:] for s in settings_of(folder)
+            for rows in report.claims(s) for row in rows[1:]}
 
 
 RIGHT, WRONG = (1,) * 40, (0,) * 30 + (1,) * 10
@@ -64,23 +71,30 @@ def test_the_names_of_the_readme(tmp_path, capsys):
         run, place = tmp_path / f"sft/{name}", "toy/model"
         if name != "base":
             write(run / "config.json", dict(SAME, script="sft_distill.py", data=f"x/{name}.jsonl"))
+            write(run / "metrics.jsonl", dict(step=1, loss=0.5))
             place = str(run / "checkpoints/step_75")
         write(tmp_path / f"eval_7b/{name}/aime24.jsonl", *answers("aime24", corrects, "So 3."))
-        write(tmp_path / f"eval_7b/{name}/aime24.json", dict(model=place))
-    write(tmp_path / "eval_7b/config.json", dict(SAME, model=["toy/model", place]))
+        write(tmp_path / f"eval_7b/{name}/aime24.json", dict(SAME, model=place, top_k=20))
     write(tmp_path / "eval_7b/summary.json", {})
-    write(tmp_path / "banned/config.json", dict(SAME, model=["toy/model"], control="banned"))
     write(tmp_path / "banned/summary.json", {})
     write(tmp_path / "banned/model/aime24.jsonl", *answers("aime24", WRONG, "So 3."))
-    write(tmp_path / "banned/model/aime24.json", dict(model="toy/model"))
+    write(tmp_path / "banned/model/aime24.json", dict(SAME, control="banned"))
+    write(tmp_path / "conditions/config.json", dict(SAME, data="dapo"))
+    for context in "unguided", "without_think", "regenerated", "full", "uncertain":
+        text = "Wait." if context == "unguided" else "So 3."
+        write(tmp_path / f"conditions/{context}.jsonl", *answers(context, RIGHT, text))
     holds = {claim: verdict for claim, (verdict, _) in verdicts(tmp_path).items()}
     assert holds["Figure 3: GRPO keeps the score"] == holds["Figure 3: SDPO loses it"] == "yes"
     assert holds["Figure 6: more, if the teacher follows"] == "yes"
     assert holds["Table 2: SFT on d_ug keeps the score"] == "yes"
     assert holds["Table 2: SFT on d_sg loses it"] == "yes"
+    assert holds["Table 1: part of a solution, fewer markers"] == "yes"
+    assert holds["Table 1: all of it, fewer still"] == "too close"
     page = page_of(tmp_path)
-    assert "GRPO 1.000 ± 0.000 q ≈ Base 1.000 ± 0.000 q (step 1)" in capsys.readouterr().out
-    assert "<h2>Remedies" in page and "<h2>Answers" in page and "srpo, 1.0" in page
+    assert "GRPO 1.000±0.000\xa0q ≈ Base 1.000±0.000\xa0q (step 1)" in capsys.readouterr().out
+    assert "<h2>Remedies" in page and "<h2>Answers" in page
+    assert "srpo, strength 1.0 (step 1, seeds 1)" in page
+    assert "Base, control banned (step 0, seeds 1)" in page
 
 
 def test_only_equal_flags_at_a_common_step_stand_in_a_claim(tmp_path):
@@ -93,34 +107,40 @@ def test_only_equal_flags_at_a_common_step_stand_in_a_claim(tmp_path):
     assert "Figures 3, 4: more than GRPO" not in verdicts(tmp_path)  # no evaluation in common
 
 
-def test_a_narrow_domain_makes_its_own_claims(tmp_path):
+def test_a_narrow_domain_makes_its_own_claims_and_the_picture(tmp_path, monkeypatch):
     for data, sdpo, grpo in (("narrow", RIGHT, WRONG), ("coverage", WRONG, RIGHT)):
         for script, after in (("sdpo", sdpo), ("grpo", grpo)):
-            train(tmp_path / f"{data}_{script}", script, after, data=f"toy/data/{data}.jsonl",
-                  benchmark=f"{data}_test")
+            run = tmp_path / f"{data}_{script}"
+            train(run, script, after, data=f"toy/data/{data}.jsonl", benchmark=f"{data}_test")
+            for step in (0, 1):
+                with open(run / f"eval/step_{step}.jsonl", "a") as file:
+                    for row in answers("ood", WRONG, "Wait \ud800 $x_$. \\boxed{4}"):
+                        file.write(json.dumps(row) + "\n")
     found = verdicts(tmp_path)
     assert found["Figure 1a: SDPO learns more than GRPO"][0] == "yes"
     assert found["Figure 1b: GRPO learns more than SDPO"][0] == "yes"
     assert "SDPO 0.250" in found["Figure 1b: GRPO learns more than SDPO"][1]  # not of the narrow
-    assert "demo" in report.figure_1(report.settings(report.load_runs(tmp_path)))
+    monkeypatch.setattr(sys, "argv", ["picture.py", str(tmp_path)])
+    picture.main()
+    assert Image.open(tmp_path / "demo.png").width == 1600
 
 
 def test_an_error_is_the_larger_of_that_over_seeds_and_over_questions(tmp_path):
     for seed, after in enumerate([(1, 1, 1, 1), (1, 1, 1, 0), (1, 1, 0, 0)]):
         train(tmp_path / f"seed_{seed}/a", "sdpo", after, seed=seed)
     # seeds: stdev(1, .75, .5) / sqrt(3) = .144; questions: stdev(1, 1, 2/3, 1/3) / 2 = .160
-    assert run_of(tmp_path).text("score", "aime24") == "0.750 ± 0.160 q"
+    assert text_of(tmp_path, "aime24") == "0.750±0.160 q"
     for seed in (1, 2):  # the same answers to all questions
         train(tmp_path / f"seed_{seed}/a", "sdpo", (seed - 1,) * 4, seed=seed)
     train(tmp_path / "seed_0/a", "sdpo", (1,) * 4)
-    assert run_of(tmp_path).text("score", "aime24") == "0.667 ± 0.333 s"
+    assert text_of(tmp_path, "aime24") == "0.667±0.333 s"
 
 
 def test_training_is_the_mean_of_the_last_five_steps(tmp_path):
     train(tmp_path / "run", "sdpo", WRONG, training=(0.9, 0.1, 0.2, 0.3, 0.4, 0.5))
     with open(tmp_path / "run/metrics.jsonl", "a") as file:
         file.write('{"step": 7, "sco')  # it is still being written
-    assert run_of(tmp_path).text("score", "training") == "0.300 ± 0.071 q"
+    assert text_of(tmp_path, "training") == "0.300±0.071 q"
 
 
 def test_few_and_many_questions(tmp_path):
@@ -144,8 +164,7 @@ def test_a_broken_file_is_named(tmp_path, monkeypatch, file, text):
 
 
 def test_model_text_is_escaped(tmp_path):
-    for script in ("sdpo", "grpo"):  # with both there is a picture
-        train(tmp_path / script, script, WRONG, text="<script>alert(1)</script> wait \ud800 $x_$")
+    train(tmp_path, "sdpo", WRONG, text="<script>alert(1)</script> wait \ud800")
     page = page_of(tmp_path)
     assert "<script" not in page and "&lt;script&gt;alert(1)" in page
     assert "<mark>wait</mark>" in page
@@ -155,5 +174,4 @@ def test_table_6(tmp_path):
     write(tmp_path / "token_kl.json", {"1": dict(text=" wait", kl=30.0, count=100), "2": dict(
         text="Wait", kl=1.0, count=10), "3": dict(text=" waits", kl=10.0, count=100)})
     # the mean over frequent tokens: (.3 + .1) / 2
-    rows = report.tokens_by_kl([tmp_path / "token_kl.json"])[1:]
-    assert rows == [["‘ wait’", "0.300", 100, "1.5"]]
+    assert report.table_6(tmp_path / "token_kl.json")[1:] == [["‘ wait’", "0.300", "1.5"]]

@@ -63,7 +63,7 @@ def draw_answers(axis, before, after):
                           family="monospace", weight="bold" if bold else None)
 
 def main():
-    parser = argparse.ArgumentParser(description="The README's first picture.")
+    parser = argparse.ArgumentParser(description="First picture.", usage=argparse.SUPPRESS)
     parser.add_argument("folder", type=Path, help="what holds the runs")
     folder = parser.parse_args().folder
     try:
