@@ -109,7 +109,7 @@ def read_questions(source, tokenizer, args, draw=False):
                if len(prompt) <= args.max_prompt_tokens)
     chosen = list(itertools.islice(fitting, number))
     if len(chosen) < (number or 1):
-        raise ValueError(f"{source}: only {len(chosen):,} prompts fit --max_prompt_tokens")
+        raise ValueError(f"{source}: {len(chosen):,} fit --max_prompt_tokens; --num_questions?")
     say(f"{source}: {len(chosen):,} of {len(questions):,} questions")
     return chosen
 
@@ -332,8 +332,7 @@ def main():
         model = load_model(path)
         begin_run(args)
     except Exception as error:  # what transformers, datasets and Jinja raise has no common class
-        parser.error(" ".join(str(error).split()))
-
+        parser.error(" ".join(f"{error} (--model {args.model})".split()))
     llm = make_engine(path, args)
     model.to(device).train()
     if args.recompute_layers:
@@ -415,8 +414,8 @@ def generate(llm, verifier, questions, seed, **sampling):
                            SamplingParams(detokenize=False, **sampling),  # token by token: slow
                            use_tqdm=not TQDM["disable"] and (lambda **bar: tqdm(**bar, **TQDM)))
     answers = [(q, answer) for q, output in zip(questions, outputs) for answer in output.outputs]
-    texts = llm.get_tokenizer().batch_decode([answer.token_ids for _, answer in answers],
-                                             skip_special_tokens=True)
+    decode = llm.get_tokenizer().decode  # batch_decode makes one text of no answers at all
+    texts = [decode(answer.token_ids, skip_special_tokens=True) for _, answer in answers]
     rewards = verifier.verify(texts, [q["answer"] for q, _ in answers])
     return [Rollout(q, list(a.token_ids), a.logprobs and a.logprobs.logprobs, text,
                     a.finish_reason == "stop", reward)
@@ -465,6 +464,7 @@ def load_model(path):
     """A model in CPU memory. Compiled layers make an update on a GPU 1.3 to 1.55 times as fast."""
     from transformers import AutoModelForCausalLM, logging
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # no table of missing weights above the line that says so
     model, found = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPE, output_loading_info=True)
     if found["missing_keys"]:  # transformers only warns, and draws them at random
         raise ValueError(f"{path}: weights are missing: {sorted(found['missing_keys'])[:3]} ...")

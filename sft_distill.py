@@ -242,8 +242,7 @@ def main():
         model = load_model(args.model)
         begin_run(args)
     except Exception as error:  # what transformers and Jinja raise has no common class
-        parser.error(" ".join(str(error).split()))
-
+        parser.error(" ".join(f"{error} (--model {args.model})".split()))
     model.to(device).train()
     if args.recompute_layers:
         model.gradient_checkpointing_enable(dict(use_reentrant=False))
@@ -286,6 +285,7 @@ def load_model(path):
     """A model in CPU memory. Compiled layers make an update on a GPU 1.3 to 1.55 times as fast."""
     from transformers import AutoModelForCausalLM, logging
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # no table of missing weights above the line that says so
     model, found = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPE, output_loading_info=True)
     if found["missing_keys"]:  # transformers only warns, and draws them at random
         raise ValueError(f"{path}: weights are missing: {sorted(found['missing_keys'])[:3]} ...")

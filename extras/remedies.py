@@ -298,7 +298,7 @@ def update(model, teacher, optimizer, rollouts, lr, args):
         r.weight = float(bool(r.teacher_prompt_ids))
     micro_batches = [m for i in range(0, len(rollouts), size) for m in sdpo.micro_batches_of_rank(
         rollouts[i : i + size], args.tokens_per_micro_batch)]
-    for micro_batch in tqdm(micro_batches, "measure", **sdpo.BAR):
+    for micro_batch in tqdm(micro_batches, "measure", **sdpo.TQDM):
         measure(student, teacher, micro_batch, args)
     own = [r for micro_batch in micro_batches for r in micro_batch if r.weight]
     remedy, _ = REMEDIES[args.remedy]

@@ -60,7 +60,7 @@ def main():
     except Exception as error:  # what transformers raises has no common class
         parser.error(" ".join(f"{type(error).__name__}: {error}".split()))
     kl, count = Counter(), Counter()  # by token id
-    for messages, y, c in tqdm(answers, unit="answer", **sdpo.BAR):
+    for messages, y, c in tqdm(answers, unit="answer", **sdpo.TQDM):
         student_prompt = sdpo.render(tokenizer, messages, args.enable_thinking)
         teacher_prompt = sdpo.render(
             tokenizer, sdpo.teacher_messages(messages, c, "full"), args.enable_thinking)
