@@ -56,7 +56,7 @@ class Run:
     def text(self, quantity, benchmark, step=None):
         mean, error, over = self.value(quantity, benchmark, step)
         digits = {"score": 3, "length": 0, "epistemic": 1}[quantity]
-        return f"{mean:,.{digits}f}" + (f"±{error:,.{digits}f}\xa0{over}" if over else "")
+        return f"{mean:,.{digits}f}" + (f"±{error:,.{digits}f} {over}" if over else "")
 
 def read(path, use):
     """Yields use(object) of each line of a file."""

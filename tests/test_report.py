@@ -37,7 +37,7 @@ def train(folder, script, after, text="So 3.", training=(0.5,), benchmarks=["aim
 
 def sdpo_score(folder, benchmark):
     (setting,) = report.settings(report.load_runs(folder))
-    return setting.arms["SDPO"].text("score", benchmark).replace("\xa0", " ")
+    return setting.arms["SDPO"].text("score", benchmark)
 
 
 def verdicts(folder):
@@ -74,7 +74,7 @@ def test_the_names_of_the_readme(tmp_path, capsys):
                   "Figure 3: GRPO keeps the score", "Figure 6: more, if the teacher follows"):
         assert found[claim][0] == "yes"
     report.report(tmp_path)
-    assert "GRPO 1.000±0.000\xa0q ≈ Base 1.000±0.000\xa0q (step 1)" in capsys.readouterr().out
+    assert "GRPO 1.000±0.000 q ≈ Base 1.000±0.000 q (step 1)" in capsys.readouterr().out
     page = (tmp_path / "report.html").read_text()
     assert "<h2>Remedies" in page and "srpo, strength 1.0 (step 1, seeds 1)" in page
     assert "Base, control banned (step 0, seeds 1)" in page
