@@ -56,7 +56,7 @@ class Run:
     def text(self, quantity, benchmark, step=None):
         mean, error, over = self.value(quantity, benchmark, step)
         digits = {"score": 3, "length": 0, "epistemic": 1}[quantity]
-        return f"{mean:,.{digits}f}" + (f"±{error:,.{digits}f}\xa0{over}" if over else "")
+        return f"{mean:,.{digits}f}" + (f"±{error:,.{digits}f} {over}" if over else "")
 
 def read(path, use):
     """Yields use(object) of each line of a file."""
@@ -69,8 +69,7 @@ def read(path, use):
             raise ValueError(f"{path}, row {number}: {error!r}") from None
         yield found
 
-def describe(config):
-    """(method, setting, flags, seed)."""
+def describe(config):  # (method, setting, flags, seed)
     data, script = (Path(str(config.get(name, ""))).stem for name in ("data", "script"))
     model = re.sub(r".*/models--(.+?)--(.+?)/snapshots/.*", r"\1/\2", config["model"])
     model = "/".join(Path(model).parts[-2:]) + ", thinking off" * (not config["enable_thinking"])
@@ -173,6 +172,7 @@ def settings(runs):
 COLOURS = {"Base": "#777777", "GRPO": "#1f6fb4", "SDPO": "#d9600f"}
 matplotlib.rcParams.update({
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
+    "axes.prop_cycle": matplotlib.cycler(color="#74b #283 #b82 #c37 #199 #643 #8a0 #e7c".split()),
     "figure.figsize": (4.8, 3.9), "figure.dpi": 200, "figure.constrained_layout.use": True})
 
 def draw_lines(axis, arms, benchmark, quantity):
@@ -339,7 +339,7 @@ and that over questions (q), in training over five steps. Base: before training.
 def show(item, file):
     """A table as HTML, with the markers marked, or a figure, which goes to the file."""
     if isinstance(item, Figure):
-        item.legend(loc="outside lower left", ncols=2, fontsize=9)
+        item.legend(loc="outside lower left", ncols=2, fontsize=8, handlelength=1, frameon=False)
         item.savefig(file)
         return f'<img alt="" src="figures/{file.name}">'
     rows = ["<tr><td>" + "<td>".join(html.escape(str(cell)) for cell in row) for row in item]
