@@ -60,7 +60,7 @@ def test_every_row_loads(name):
 @pytest.mark.slow
 @needs_data
 @needs_tokenizers
-def test_the_prompt_of_olmo_is_table_12s():
+def test_the_prompt_of_olmo_is_table_12s(alone):
     tokenizer = tokenizer_of("olmo-3-instruct")
     args = Namespace(enable_thinking=True, max_prompt_tokens=2048)
     for name in FILES:
