@@ -18,10 +18,6 @@ ROW = dict(idx=7, kind="mcq", dataset="sciknoweval", answer="B", system=SYSTEM, 
            prompt="Which?\n\nA: CC(=O)O\nB: CCO\nC: C\nD: O\nPlease reason step by step.")
 
 
-def rows_of(name):
-    return [json.loads(line) for line in (BENCHMARKS / name).open()]
-
-
 def load(tmp_path, row):
     (tmp_path / "data.json").write_text(json.dumps(row))
     (question,) = load_questions(str(tmp_path / "data.json"))
@@ -47,26 +43,18 @@ def test_a_system_column_that_asks_for_no_tags(tmp_path):
     assert question["messages"][-1]["content"].endswith(r"put your final answer within \boxed{}.")
 
 
-@needs_data
-@pytest.mark.parametrize("name", FILES)
-def test_every_row_loads(name):
-    rows, questions = rows_of(name), load_questions(str(BENCHMARKS / name))
-    assert len(questions) == FILES[name]
-    for row, question in zip(rows, questions, strict=True):
-        assert question["answer"] == f"<answer>{row['answer']}</answer>"
-        assert [m["content"] for m in question["messages"]] == [row["system"], row["prompt"]]
-
-
 @pytest.mark.slow
 @needs_data
 @needs_tokenizers
-def test_the_prompt_of_olmo_is_table_12s():
+def test_every_row_loads_and_the_prompt_of_olmo_is_table_12s():
     tokenizer = tokenizer_of("olmo-3-instruct")
     args = Namespace(enable_thinking=True, max_prompt_tokens=2048)
     for name in FILES:
         questions = sdpo.read_questions(str(BENCHMARKS / name), tokenizer, args)
         assert len(questions) == FILES[name]  # none is too long
-        for row, question in list(zip(rows_of(name), questions))[::100]:
+        rows = [json.loads(line) for line in (BENCHMARKS / name).open()]
+        for row, question in zip(rows, questions, strict=True):
+            assert question["answer"] == f"<answer>{row['answer']}</answer>"
             assert tokenizer.decode(question["prompt_ids"]) == (
                 f"<|im_start|>system\n{row['system']}<|im_end|>\n"
                 f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n")

@@ -103,17 +103,3 @@ def test_banned_reaches_the_sampling(monkeypatch, tokenizer):
     controls.main()
     bias = dict.fromkeys(controls.marker_ids(tokenizer), -100)
     assert bias and asked == [dict(n=2, logit_bias=bias)]
-
-
-def test_errors_are_sorted_by_kind(tmp_path):
-    folder = tmp_path / "seed_0/sdpo/eval"
-    row = lines(ROOT / "toy/data/in.jsonl")[0]
-    for step, correct in ((0, 1.0), (20, 0.0)):
-        answer = dict(benchmark="in", index=0, question=row["prompt"][0]["content"],
-                      correct=correct, response=f"\\boxed{{{row['extra_info']['x'] + 1}}}")
-        other = dict(answer, benchmark="ood", index=700, question="of another ood.jsonl")
-        sdpo.write_lines(folder / f"step_{step}.jsonl", [answer, other])
-    controls.errors([tmp_path / "seed_0"])
-    found = json.loads((tmp_path / "seed_0/errors.json").read_text())
-    assert found["base, in"] == {} and sum(found["sdpo, in"].values()) == 1
-    assert {*found} == {"base, in", "sdpo, in"}

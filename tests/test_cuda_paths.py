@@ -156,29 +156,6 @@ def test_what_vllm_is_asked_for_exists(recorded, tmp_path):
     on_ranks(1, tmp_path, bind, {*recorded.settings}, recorded.calls)
 
 
-def seeds_of_the_newer_runner(*seeds):
-    """What vLLM's newer model runner gives requests without a seed; CPU buffers for its own."""
-    from transformers import set_seed
-    from vllm import SamplingParams
-    from vllm.v1.worker.gpu.sample import states
-    states.UvaBackedTensor = lambda n, dtype: SimpleNamespace(
-        np=torch.zeros(n, dtype=dtype).numpy(), copy_to_uva=lambda: None)
-    drawn = []
-    for seed in seeds:
-        set_seed(seed)
-        sampling = states.SamplingStates(3, vocab_size=10)
-        for i in range(3):
-            sampling.add_request(i, SamplingParams())
-        drawn.append(sampling.seeds.np.tolist())
-    return drawn
-
-
-@pytest.mark.vllm
-def test_one_seed_repeats_the_newer_runners_answers(tmp_path):
-    ((first, again, other),) = on_ranks(1, tmp_path, seeds_of_the_newer_runner, 1, 1, 2)
-    assert first == again and not {*first} & {*other} and len({*first}) == 3
-
-
 def test_attention_gets_no_mask(monkeypatch):
     """The fast kernel: causal, and no T x T tensor, for sequences of different lengths, too."""
     asked, attention = [], torch.nn.functional.scaled_dot_product_attention

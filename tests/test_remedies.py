@@ -299,23 +299,3 @@ def test_what_is_known_of_a_token_is_of_the_steps_start(alone):
                             (r.entropy, -(aided.exp() * aided).sum(-1))):
             torch.testing.assert_close(got.double(), wanted, atol=1e-4, rtol=0)
     assert 0 < sum(r.taught for r in trained) < len(trained) and sum(len(r.wrong) for r in trained)
-
-
-@pytest.mark.parametrize("remedy", remedies.REMEDIES)
-def test_a_step_without_signal_changes_nothing(alone, tmp_path, remedy):
-    args = args_of(remedy, run_dir=tmp_path)
-    batch = batch_of(remedies, args)[:3]  # all wrong
-    gradient, metrics = gradient_of(remedies, args, batch)
-    assert not gradient and metrics["loss"] == metrics["trained_tokens"] == 0
-
-
-def test_each_remedy_brings_its_papers_settings(capsys):
-    def flags(*argv):
-        args = args_of(*argv)
-        return args.strength, args.alpha, args.ema, args.lr
-    assert flags("demopsd") == (0.15, 1.0, 0.05, 1e-5)
-    assert flags("antisd") == (0.5, 0.5, 1.0, 1e-6)
-    assert flags("antisd", "--strength", "0.1", "--lr", "1e-4") == (0.1, 0.5, 1.0, 1e-4)
-    with pytest.raises(SystemExit):
-        args_of("srpo", "--help")
-    assert "(default: 5e-06)" in " ".join(capsys.readouterr().out.split())

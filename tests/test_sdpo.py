@@ -288,13 +288,3 @@ def test_an_engine_with_old_weights_ends_the_run(alone):
     with pytest.raises(SystemExit, match=r"error: .* a token off .* old weights"):
         sdpo.update(model, toy(), optimizer, batch, 1e-3, flags())
     assert all(map(torch.equal, before, model.parameters()))
-
-def test_wandb_gets_config_and_metrics(tmp_path, alone, monkeypatch):
-    args, sent = flags("--run_dir", str(tmp_path), "--wandb"), []
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(
-        init=lambda **how: sent.append(how["config"]["lr"]),
-        log=lambda m, step: sent.append((step, m))))
-    sdpo.begin_run(args)
-    metrics = dict(loss=0.5, seconds=dict(rollout=1.0, update=1.0))
-    sdpo.log(args, 3, [rollout([1], [1, 2])], metrics)
-    assert sent == [1e-5, (3, lines(tmp_path / "metrics.jsonl")[0])] and sent[1][1]["length"] == 2
