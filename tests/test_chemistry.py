@@ -78,6 +78,8 @@ WRONG = [
     "<answer>B</answer><answer>B", "<Answer>B</Answer>", "<answer >B</answer>",
     "<answer>B</ answer>", "<answer>B<\\answer>", "</answer>B<answer>",
     "<answer>" * 10**5 + "B", "B" + "</answer>" * 10**5,
+    "<think> <answer>B</answer> </think> I do not know", "<answer>B</answer></think>",
+    "</think> <answer>B</answer> </think> <answer>", "<answer>B</think></answer>",
     "<answer>A</answer> B</answer>", "&lt;answer&gt;B&lt;/answer&gt;",
 ]
 
@@ -87,18 +89,6 @@ def test_grades():
         assert verifier.verify(RIGHT, ["<answer>B</answer>"] * len(RIGHT)) == [1.0] * len(RIGHT)
         grades = verifier.verify(WRONG, ["<answer>B</answer>"] * len(WRONG))
         assert [text[:40] for text, grade in zip(WRONG, grades) if grade] == []
-
-
-def test_after_think_what_was_thought_is_no_answer():
-    texts = ["<think> <answer>B</answer> </think> I do not know", "<answer>B</answer></think>",
-             "<think> no </think> <answer>B</answer>",
-             "</think> <answer>B</answer> </think> <answer>", "<answer>B</think></answer>"]
-    with Verifier(workers=1) as verifier:
-        grades = verifier.verify(texts, ["<answer>B</answer>"] * 5)
-    assert grades == [0.0, 0.0, 1.0, 0.0, 0.0]
-
-
-def test_tags_do_not_answer_a_question_that_wants_a_box():
-    with Verifier(workers=1) as verifier:
-        assert verifier.verify(["<answer>7</answer>", "<answer>8</answer> \\boxed{7}",
-                                "\\boxed{8} <answer>7</answer>"], ["7"] * 3) == [0.0, 1.0, 0.0]
+        # where a box is wanted, tags are no answer
+        assert verifier.verify(["<answer>7</answer>", "\\boxed{8} <answer>7</answer>"],
+                               ["7"] * 2) == [0.0, 0.0]

@@ -2,7 +2,6 @@
 import contextlib
 import json
 import re
-import shutil
 import sys
 from argparse import Namespace
 
@@ -61,11 +60,8 @@ def test_summary_and_table_by_hand():
     assert (full["score"], full["score_error"]) == pytest.approx((0.75, 0.25))
     assert (full["length"], full["length_error"]) == pytest.approx((300, 100))  # of 200 and 400
     assert (full["epistemic"], full["epistemic_error"], full["truncated"]) == (3, 0, 0.25)
-    lines = conditions.table(rows).splitlines()
-    split = {cells[0]: cells for cells in (re.split(r"\s{2,}", line.strip()) for line in lines)}
-    assert split["(2) full solution"] == [
-        "(2) full solution", "0.750 ± 0.250", "300 ± 100", "3.0 ± 0.0", "25.0%"]
-    assert split["wait"] == ["wait", "5.00", "1.00", "4.00", "2.00", "3.00"]
+    table = [line.split() for line in conditions.table(rows).splitlines()]
+    assert ["wait", "5.00", "1.00", "4.00", "2.00", "3.00"] in table
     one = conditions.table(conditions.summarise(studied[:1]))
     assert "±" not in one and "0.500" in one  # the spread of one question is unknown
 

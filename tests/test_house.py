@@ -2,10 +2,6 @@
 import ast
 import collections
 import re
-import subprocess
-import sys
-
-import pytest
 
 from common import ROOT
 

@@ -30,7 +30,7 @@ def ask(tmp_path, capsys, monkeypatch):
             status, said = ask.trouble(text) or (200, "Sure! ```json\n" + json.dumps(
                 dict(count=len(quotes), examples=quotes)))
             reply = json.dumps(dict(choices=[dict(message=dict(content=said))])
-                               if status == 200 else dict(error=said)).encode()
+                               if status == 200 else dict(error=dict(message=said))).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(reply)))
             self.end_headers()

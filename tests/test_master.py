@@ -94,25 +94,3 @@ def test_a_gradient_that_is_not_finite_moves_nothing(alone):
     assert torch.equal(flat(ours), before)
     assert not any(t.any() for moments in optimizer.moments.values() for t in moments.values())
     assert not any(total.any() for total in optimizer.sums)  # nor anything after it
-
-
-def error_of_sum(number, size):
-    """Relative error of `number` bfloat16 gradients' sum, in rounds of `size`."""
-    ours, exact = weights(torch.bfloat16), weights(torch.float32)
-    optimizer = master(ours, **HOW)
-    for w in ours + exact:
-        w.grad = torch.zeros_like(w)
-    for i, grads in enumerate(gradients([w.shape for w in ours], number), 1):
-        for w, e, g in zip(ours, exact, grads):
-            w.grad += g.bfloat16()
-            e.grad += g.bfloat16().float()
-        if i % size == 0 or i == number:
-            optimizer.add_gradients()
-    return max(((total.float() - e.grad).norm() / e.grad.norm()).item()
-               for total, e in zip(optimizer.sums, exact))
-
-
-def test_sum_of_bfloat16_gradients(alone):
-    """As many micro-batches as one GPU adds up at the paper's batch size."""
-    assert error_of_sum(683, sdpo.ROUND) < 0.01
-    assert error_of_sum(683, 683) > 0.1  # what rounds are for

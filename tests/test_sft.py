@@ -128,6 +128,7 @@ def test_loss_is_the_cross_entropy_of_labels_masked_by_hand(alone, budget, count
     assert got["trained_tokens"] == (labels != -100).sum()
     assert_same_gradient(got["gradient"], {name: p.grad for name, p in model.named_parameters()})
 
+@pytest.mark.slow
 def test_two_ranks_give_the_gradient_of_one(tmp_path, alone):
     one, two = measure(25), on_ranks(2, tmp_path, measure, 25)
     assert one["micros"] == 7 and [rank["micros"] for rank in two] == [4, 4]
