@@ -71,6 +71,7 @@ def test_spellings_take_linear_time():
         compare(r"\sqrt{2}", text[:500])
         assert time.process_time() - start < 0.1, text[:20]
 
+@pytest.mark.slow
 def test_limits_and_kills_cost_one_answer():
     cases = [ALGEBRA, ENDLESS, ("x^2-1", "(x-1)(x+1)"), ("x^2-4", "(x-1)(x+1)")]
     assert grade(cases, timeout=2.0) == [1.0, 0.0, 1.0, 0.0]
