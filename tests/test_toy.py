@@ -76,27 +76,29 @@ def test_the_answers_place_needs_no_search(file):
 
 
 def test_numbers_are_means_over_seeds(tmp_path):
-    for seed, score in enumerate([0.5, 0.7]):
-        folder = tmp_path / f"seed_{seed}/sdpo"
-        (folder / "eval").mkdir(parents=True)
-        (folder / "ended").touch()
-        (folder / "config.json").write_text(json.dumps(dict(model="toy/model")))
-        for step, value in ((0, 0.9), (10, score / 2), (20, score)):
-            row = dict(score=value, length=40.0, epistemic=1.0)
-            (folder / f"eval/step_{step}.json").write_text(json.dumps({"ood": row}))
-        (folder / "metrics.jsonl").write_text("".join(
-            json.dumps(dict(score=n / 20, length=40.0, epistemic=1.0)) + "\n" for n in range(20)))
-    found = study.numbers([tmp_path / "seed_0", tmp_path / "seed_1"])
-    assert found["sdpo"]["ood"]["score"] == [0.6, round(0.02 ** 0.5, 4), 2]
-    assert found["base"]["ood"]["score"] == [0.9, 0.0, 2]
-    assert found["sdpo"]["training"]["score"] == [0.725, 0.0, 2]  # of the last ten steps
-    curve = study.curves([tmp_path / "seed_0", tmp_path / "seed_1"])["sdpo"]["ood"]
+    folders = [tmp_path / "seed_0", tmp_path / "seed_1"]
+    for folder, score in zip(folders, [0.5, 0.7]):
+        for run in folder / "sdpo", folder / "sdpo_ema":  # both have evaluated the base
+            (run / "eval").mkdir(parents=True)
+            (run / "ended").touch()
+            (run / "config.json").write_text('{"model": "toy/model", "enable_thinking": true}')
+            for step, value in ((0, 0.9), (10, score / 2), (20, score)):
+                row = dict(score=value, length=40.0, epistemic=1.0)
+                (run / f"eval/step_{step}.json").write_text(json.dumps({"ood": row}))
+            (run / "metrics.jsonl").write_text("".join(json.dumps(
+                dict(score=n / 20, length=40.0, epistemic=1.0)) + "\n" for n in range(20)))
+    ends, curves = study.numbers(folders)
+    assert ends["sdpo"]["ood"]["score"] == [0.6, round(0.02 ** 0.5, 4), 2]
+    assert ends["base"]["ood"]["score"] == [0.9, 0.0, 2]
+    assert ends["sdpo"]["training"]["score"] == [0.725, 0.0, 2]  # of the last ten steps
+    curve = curves["sdpo"]["ood"]
     assert [curve[step]["score"][0] for step in ("0", "10", "20")] == [0.9, 0.3, 0.6]
 
 
 def test_every_arm_of_the_tables_is_run():
     names = {name for group in study.GROUPS for name in study.runs(group, "o")}
-    arms = {arm for table in study.TABLES.values() for arm in table.values()}
+    arms = {arm for _, rows in study.TABLES.values() for row in rows.values()
+            for arm in ([row] if isinstance(row, str) else row)}
     arms |= {f"{m}_{arm}" for arm, *_ in study.DOMAIN_ROWS.values() for m in ("grpo", "sdpo")}
     assert {a for a in arms if not a.startswith(("context_", "sft_", "base"))} <= names
 
@@ -115,5 +117,4 @@ def test_token_kl_is_weighed_by_counts_over_seeds(tmp_path):
         tokens = {5: dict(text=" Wait", kl=kl, count=30), 6: dict(text=" no", kl=0.0, count=30),
                   7: dict(text=" rare", kl=9.0, count=1)}
         (folder / "token_kl.json").write_text(json.dumps(tokens))
-    found = study.token_kl([tmp_path / "seed_0", tmp_path / "seed_1"])
-    assert found == {" Wait": [2.0, 60, 2.0], "mean of 2 tokens": [1.0, "", 1.0]}
+    assert study.token_kl(tmp_path)[1:] == [["‘ Wait’", "2.000", "60", "2.0"]]
