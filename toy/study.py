@@ -190,15 +190,17 @@ def token_kl(out):
         for token, row in json.loads(file.read_text()).items():
             old = sums.setdefault(token, row | {"kl": 0, "count": 0})
             old.update(kl=old["kl"] + row["kl"], count=old["count"] + row["count"])
+    if not sums:
+        return [[]]
     (out / "token_kl.json").write_text(json.dumps(sums))
-    return table_6(out / "token_kl.json") if sums else [[]]
+    return table_6(out / "token_kl.json")
 
 # --- the tables of toy/README.md, from results/toy/numbers.json ----------------------------------
 
 DOMAIN_ROWS = {  # name: arms, benchmark, steps
     "one way (`narrow`)": ("narrow", "narrow_test", (0, 10, 20)),
-    "eight ways (`habits`)": ("habits", "habits_test", (0, 20, 80, 120)),
-    "a search (`coverage`)": ("512", "coverage_test", (0, 20, 40)),
+    "eight ways (`habits`)": ("habits", "habits_test", (0, 20, 120)),
+    "a search (`coverage`)": ("512", "coverage_test", (0, 40)),
 }
 TABLES = {  # name: benchmarks, {row: arm, or several: those after the first stand in brackets}
     "study": (("in", "ood"), {
@@ -206,7 +208,7 @@ TABLES = {  # name: benchmarks, {row: arm, or several: those after the first sta
         "SDPO, c = s without think": "sdpo_without_think",
         "SDPO, uncertain prompt (App. C)": "sdpo_uncertain",
         "SDPO, moving teacher (EMA .05)": "sdpo_ema", "SDPO, top-k 20": "sdpo_top_k_20",
-        "SDPO, learning rate / 10": "sdpo_lr_tenth", "SFT on unguided answers": "sft_d_ug",
+        "SFT on unguided answers": "sft_d_ug",
         "SFT on solution-guided answers": "sft_d_sg"}),
     "contexts": (("train",), {
         "(1) unguided": "context_unguided", "(3) solution without think": "context_without_think",
@@ -214,8 +216,8 @@ TABLES = {  # name: benchmarks, {row: arm, or several: those after the first sta
         "(4) regenerated": "context_regenerated", "(2) full solution": "context_full"}),
     "coverage": (("training", "coverage_test", "ood"), {
         "base": "base",
-        **{f"{method.upper()}, {size} question{'s'[:size - 1]}": f"{method}_{size}"
-           for method in ("grpo", "sdpo") for size in (1, 8, 64, 512)},
+        **{f"{method.upper()}, {size} questions": f"{method}_{size}"
+           for method in ("grpo", "sdpo") for size in (8, 512)},
         **{f"SDPO, c = s without think, {size} questions": f"sdpo_without_think_{size}"
            for size in (8, 512)}}),
     "opsd": (("in", "ood"), {
@@ -272,18 +274,10 @@ def table_of_domains(curves):
                 for m, b, q in columns)])
     return markdown(rows)
 
-def table_of_errors(found):
-    """Markdown: of the wrong answers, how many are wrong for which reason."""
-    arms = {name: arm for name, arm in [*TABLES["controls"][1].items()][:4] if arm in found}
-    kinds = sorted({kind for arm in arms.values() for kind in found[arm]})
-    return markdown([["wrong answers, ood", *kinds], *(
-        [name, *(found[arm].get(kind, 0) for kind in kinds)] for name, arm in arms.items())])
-
 def tables(found):
     """{name: Markdown}: what toy/README.md shows, of the numbers that there are."""
     texts = {name: table(found["arms"], *what) for name, what in TABLES.items()}
     return texts | {"domains": table_of_domains(found["curves"]),
-                    "errors": table_of_errors(found["errors"]),
                     "kl": markdown(found["token_kl"])}
 
 def main():
