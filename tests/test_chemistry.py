@@ -60,7 +60,7 @@ def test_every_row_loads(name):
 @pytest.mark.slow
 @needs_data
 @needs_tokenizers
-def test_the_prompt_of_olmo_is_table_12s():
+def test_the_prompt_of_olmo_is_table_12s(alone):
     tokenizer = tokenizer_of("olmo-3-instruct")
     args = Namespace(enable_thinking=True, max_prompt_tokens=2048)
     for name in FILES:
@@ -95,22 +95,22 @@ WRONG = [
 
 
 def test_grades():
-    with Verifier(workers=1) as verifier:
-        assert verifier.verify(RIGHT, ["<answer>B</answer>"] * len(RIGHT)) == [1.0] * len(RIGHT)
-        grades = verifier.verify(WRONG, ["<answer>B</answer>"] * len(WRONG))
-        assert [text[:40] for text, grade in zip(WRONG, grades) if grade] == []
+    verifier = Verifier(workers=1)
+    assert verifier.verify(RIGHT, ["<answer>B</answer>"] * len(RIGHT)) == [1.0] * len(RIGHT)
+    grades = verifier.verify(WRONG, ["<answer>B</answer>"] * len(WRONG))
+    assert [text[:40] for text, grade in zip(WRONG, grades) if grade] == []
 
 
 def test_after_think_what_was_thought_is_no_answer():
     texts = ["<think> <answer>B</answer> </think> I do not know", "<answer>B</answer></think>",
              "<think> no </think> <answer>B</answer>",
              "</think> <answer>B</answer> </think> <answer>", "<answer>B</think></answer>"]
-    with Verifier(workers=1) as verifier:
-        grades = verifier.verify(texts, ["<answer>B</answer>"] * 5)
+    verifier = Verifier(workers=1)
+    grades = verifier.verify(texts, ["<answer>B</answer>"] * 5)
     assert grades == [0.0, 0.0, 1.0, 0.0, 0.0]
 
 
 def test_tags_do_not_answer_a_question_that_wants_a_box():
-    with Verifier(workers=1) as verifier:
-        assert verifier.verify(["<answer>7</answer>", "<answer>8</answer> \\boxed{7}",
-                                "\\boxed{8} <answer>7</answer>"], ["7"] * 3) == [0.0, 1.0, 0.0]
+    verifier = Verifier(workers=1)
+    assert verifier.verify(["<answer>7</answer>", "<answer>8</answer> \\boxed{7}",
+                            "\\boxed{8} <answer>7</answer>"], ["7"] * 3) == [0.0, 1.0, 0.0]
