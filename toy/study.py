@@ -208,8 +208,7 @@ TABLES = {  # name: benchmarks, {row: arm, or several: those after the first sta
         "SDPO, c = s without think": "sdpo_without_think",
         "SDPO, uncertain prompt (App. C)": "sdpo_uncertain",
         "SDPO, moving teacher (EMA .05)": "sdpo_ema", "SDPO, top-k 20": "sdpo_top_k_20",
-        "SFT on unguided answers": "sft_d_ug",
-        "SFT on solution-guided answers": "sft_d_sg"}),
+        "SFT on unguided answers": "sft_d_ug", "SFT on solution-guided answers": "sft_d_sg"}),
     "contexts": (("train",), {
         "(1) unguided": "context_unguided", "(3) solution without think": "context_without_think",
         "App. C: full solution, uncertain prompt": "context_uncertain",
@@ -230,7 +229,7 @@ TABLES = {  # name: benchmarks, {row: arm, or several: those after the first sta
            tuple(f"{remedy}_{strength}" for strength in (middle, low, high))
            for remedy, (_, (middle, low, high)) in REMEDIES.items()}}),
     "controls": (("in", "ood"), {
-        "base": "base", "base, no marker sampled": "control_banned", "SDPO": "sdpo",
+        "base, no marker sampled": "control_banned", "SDPO": "sdpo",
         "SDPO, markers removed from both distributions": "control_no_markers",
         "SDPO, no loss at the student's own markers": "control_no_marker_loss",
         "SDPO, no loss after `</think>`": "control_no_answer_loss",
