@@ -246,7 +246,6 @@ def ask_engine(folder, data):
     results["tied"] = gap()
     for args.seed, step in [(0, 1), (0, 1), (1, 1), (0, 2)]:
         answers.append(str([(r.response_ids, r.logprobs) for r in sample(step)]))
-    verifier.close()
     llm.llm_engine.engine_core.shutdown()
     return dict(results, answers=answers)
 
