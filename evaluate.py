@@ -139,19 +139,19 @@ def main():
 
     longest = min(args.max_prompt_tokens + args.max_response_tokens, positions)
     llm = make_engine(first, longest, args) if missing else None
-    with Verifier() as verifier:
-        for path, origin in missing.items():
-            if loaded != origin["model"]:
-                loaded = origin["model"]
-                sync_weights(llm, load_model(loaded))
-            questions = benchmarks[origin["data"]]
-            records = sample_benchmark(llm, verifier, questions, sampling, args)
-            row = summarise(records, args.samples)
-            say(f"{path.with_suffix('')}  {epistemic.line(row)}")
-            if dist.get_rank() == 0:
-                path.unlink(missing_ok=True)  # killed here, the responses belong to nothing
-                write_lines(path.with_suffix(".jsonl"), records)
-                write_lines(path, [dict(origin, row=row)])
+    verifier = Verifier()
+    for path, origin in missing.items():
+        if loaded != origin["model"]:
+            loaded = origin["model"]
+            sync_weights(llm, load_model(loaded))
+        questions = benchmarks[origin["data"]]
+        records = sample_benchmark(llm, verifier, questions, sampling, args)
+        row = summarise(records, args.samples)
+        say(f"{path.with_suffix('')}  {epistemic.line(row)}")
+        if dist.get_rank() == 0:
+            path.unlink(missing_ok=True)  # killed here, the responses belong to nothing
+            write_lines(path.with_suffix(".jsonl"), records)
+            write_lines(path, [dict(origin, row=row)])
     if dist.get_rank() == 0:
         say(f"\n{table(write_summary(out, args))}\n\nresults are in {out}")
     if llm:

@@ -226,21 +226,21 @@ def main():
     longest = min(args.max_prompt_tokens + 2 * args.max_response_tokens + 1024, positions)
     llm = make_engine(path, longest, args)
     sync_weights(llm, model)
-    with Verifier() as verifier:
-        for number in itertools.count(len(files)):
-            start, first = time.time(), number * args.questions_per_round
-            to_study = args.num_questions - len(studied_of(done))
-            want_pairs = len(sft_pairs(done, args.sft_examples)[0]) < args.sft_examples
-            if first >= len(questions) or not to_study and not want_pairs:
-                break
-            batch = ask_round(llm, verifier, tokenizer,
-                              questions[first : first + args.questions_per_round], number, to_study,
-                              want_pairs, args)
-            done += batch
-            if dist.get_rank() == 0:
-                write_lines(Path(args.out, f"rounds/round_{number:04d}.jsonl"), batch)
-            in_band = sum("unguided" in q["contexts"] for q in batch)
-            say(f"round {number}: {in_band} of {len(batch)} in band, {time.time() - start:.0f} s")
+    verifier = Verifier()
+    for number in itertools.count(len(files)):
+        start, first = time.time(), number * args.questions_per_round
+        to_study = args.num_questions - len(studied_of(done))
+        want_pairs = len(sft_pairs(done, args.sft_examples)[0]) < args.sft_examples
+        if first >= len(questions) or not to_study and not want_pairs:
+            break
+        batch = ask_round(llm, verifier, tokenizer,
+                          questions[first : first + args.questions_per_round], number, to_study,
+                          want_pairs, args)
+        done += batch
+        if dist.get_rank() == 0:
+            write_lines(Path(args.out, f"rounds/round_{number:04d}.jsonl"), batch)
+        in_band = sum("unguided" in q["contexts"] for q in batch)
+        say(f"round {number}: {in_band} of {len(batch)} in band, {time.time() - start:.0f} s")
     write_results(done, args)
     llm.llm_engine.engine_core.shutdown()  # left open, it prints tracebacks at exit
 

@@ -344,33 +344,33 @@ def main():
     optimizer.write_weights(optimizer.masters, model)  # a resumed run's are the checkpoint's
     stream = question_stream(questions, args.seed)
     stream = itertools.islice(stream, done * args.questions_per_step, None)
-    with Verifier() as verifier:
+    verifier = Verifier()
+    sync_weights(llm, model)
+    evaluate(llm, verifier, benchmarks, done, args)  # also on resume: a kill may have cut it
+    for step in range(done + 1, args.steps + 1):
+        start = time.time()
+        # 1. to 3. rollouts, rewards, demonstrations
+        batch = list(itertools.islice(stream, args.questions_per_step))
+        rollouts = sample_groups(llm, verifier, tokenizer, batch, step, args)
+        sampled = time.time()
+        # 4. and 5. the loss, AdamW; what they need takes memory only while vLLM sleeps
+        if device.type == "cuda":
+            llm.sleep(level=2)  # drops its weights; sync_weights brings the new ones
+        teacher = load_model(path).to(device)
+        if args.ema:
+            optimizer.write_weights(averages, teacher)
+        lr = args.lr * min(1, step / max(1, args.warmup_steps))
+        metrics = update(model, teacher, optimizer, rollouts, lr, args)
+        for name, average in averages.items():
+            average.lerp_(optimizer.masters[name], args.ema)  # once a step (authors' code)
+        del teacher
+        gc.collect()  # a compiled teacher is a cycle of references
         sync_weights(llm, model)
-        evaluate(llm, verifier, benchmarks, done, args)  # also on resume: a kill may have cut it
-        for step in range(done + 1, args.steps + 1):
-            start = time.time()
-            # 1. to 3. rollouts, rewards, demonstrations
-            batch = list(itertools.islice(stream, args.questions_per_step))
-            rollouts = sample_groups(llm, verifier, tokenizer, batch, step, args)
-            sampled = time.time()
-            # 4. and 5. the loss, AdamW; what they need takes memory only while vLLM sleeps
-            if device.type == "cuda":
-                llm.sleep(level=2)  # drops its weights; sync_weights brings the new ones
-            teacher = load_model(path).to(device)
-            if args.ema:
-                optimizer.write_weights(averages, teacher)
-            lr = args.lr * min(1, step / max(1, args.warmup_steps))
-            metrics = update(model, teacher, optimizer, rollouts, lr, args)
-            for name, average in averages.items():
-                average.lerp_(optimizer.masters[name], args.ema)  # once a step (authors' code)
-            del teacher
-            gc.collect()  # a compiled teacher is a cycle of references
-            sync_weights(llm, model)
-            metrics["seconds"] = dict(rollout=sampled - start, update=time.time() - sampled)
-            log(args, step, rollouts, metrics)
-            if step % args.save_every == 0 or step == args.steps:
-                save_checkpoint(model, tokenizer, step, state, args.run_dir)
-                evaluate(llm, verifier, benchmarks, step, args)
+        metrics["seconds"] = dict(rollout=sampled - start, update=time.time() - sampled)
+        log(args, step, rollouts, metrics)
+        if step % args.save_every == 0 or step == args.steps:
+            save_checkpoint(model, tokenizer, step, state, args.run_dir)
+            evaluate(llm, verifier, benchmarks, step, args)
     llm.llm_engine.engine_core.shutdown()  # left open, it prints tracebacks at exit
 
 # --- a reader of the paper may stop here: vLLM, evaluation, log, weights, files, processes -------

@@ -31,12 +31,13 @@ NO_ANSWER = {"", "proof", "notfound", "n/a", "null", "none", "nan", "inf", "-inf
 def load_questions(source):
     """[dict(messages, answer[, solution])] of a short name, a hub id or a .parquet, .json, .jsonl.
     ValueError in one line names file, row and column of what no response could answer."""
-    questions = []
+    questions, place = [], source
     try:
         for row in read_rows(source) or [{}]:  # an empty file is refused for its first row
+            place = f"{source}, row {len(questions) + 1}"
             questions.append(parse_question({name.lower(): row[name] for name in row}))
     except Exception as error:  # those of files and of the hub have no common class
-        raise ValueError(f"{source}, row {len(questions) + 1}: {error}") from None
+        raise ValueError(f"{place}: {error}") from None
     return questions
 
 def read_rows(source):
@@ -153,15 +154,12 @@ def compare(gold, answer):
         return float(word == other or len(word) > 1 and word.lower() == other.lower())
     return gold, answer
 
-class Verifier(contextlib.AbstractContextManager):
+class Verifier:
     """Grades texts, 1.0 if right, else 0.0, as is one that meets a limit of seconds or MiB."""
 
     def __init__(self, workers=None, timeout=5.0, memory_mb=2048):  # 5 seconds, as the authors
         self.workers = workers or min(8, os.cpu_count() or 1)
         self.limits = [str(timeout), str(memory_mb)]
-
-    def __exit__(self, *_):
-        """Nothing is open: each batch ends its processes."""
 
     def verify(self, texts, golds):
         pairs = [(gold, find_answer(text, gold)) for text, gold in zip(texts, golds, strict=True)]

@@ -63,14 +63,14 @@ def trl(args):
             seconds.append(time.perf_counter() - self.start)
         def on_log(self, *_, logs, **__):
             lengths.extend(v for k, v in logs.items() if k == "completions/mean_length")
-    with Verifier() as verifier:
-        def reward(completions, answer, **_):
-            return verifier.verify([c[-1]["content"] for c in completions], answer)
-        trainer = Trainer(model=AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32"),
-                          reward_funcs=reward, args=config, train_dataset=data,
-                          processing_class=AutoTokenizer.from_pretrained(MODEL),
-                          callbacks=[Clock()])
-        trainer.train()
+    verifier = Verifier()
+    def reward(completions, answer, **_):
+        return verifier.verify([c[-1]["content"] for c in completions], answer)
+    trainer = Trainer(model=AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32"),
+                      reward_funcs=reward, args=config, train_dataset=data,
+                      processing_class=AutoTokenizer.from_pretrained(MODEL),
+                      callbacks=[Clock()])
+    trainer.train()
     return [(s, float("nan"), length) for s, length in zip(seconds, lengths)]
 
 def main():

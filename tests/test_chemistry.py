@@ -46,7 +46,7 @@ def test_a_system_column_that_asks_for_no_tags(tmp_path):
 @pytest.mark.slow
 @needs_data
 @needs_tokenizers
-def test_every_row_loads_and_the_prompt_of_olmo_is_table_12s():
+def test_every_row_loads_and_the_prompt_of_olmo_is_table_12s(alone):
     tokenizer = tokenizer_of("olmo-3-instruct")
     args = Namespace(enable_thinking=True, max_prompt_tokens=2048)
     for name in FILES:
@@ -85,10 +85,10 @@ WRONG = [
 
 
 def test_grades():
-    with Verifier(workers=1) as verifier:
-        assert verifier.verify(RIGHT, ["<answer>B</answer>"] * len(RIGHT)) == [1.0] * len(RIGHT)
-        grades = verifier.verify(WRONG, ["<answer>B</answer>"] * len(WRONG))
-        assert [text[:40] for text, grade in zip(WRONG, grades) if grade] == []
-        # where a box is wanted, tags are no answer
-        assert verifier.verify(["<answer>7</answer>", "\\boxed{8} <answer>7</answer>"],
-                               ["7"] * 2) == [0.0, 0.0]
+    verifier = Verifier(workers=1)
+    assert verifier.verify(RIGHT, ["<answer>B</answer>"] * len(RIGHT)) == [1.0] * len(RIGHT)
+    grades = verifier.verify(WRONG, ["<answer>B</answer>"] * len(WRONG))
+    assert [text[:40] for text, grade in zip(WRONG, grades) if grade] == []
+    # where a box is wanted, tags are no answer
+    assert verifier.verify(["<answer>7</answer>", "\\boxed{8} <answer>7</answer>"],
+                           ["7"] * 2) == [0.0, 0.0]

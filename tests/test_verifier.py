@@ -18,9 +18,9 @@ ENDLESS = (r"\sqrt{5}", r"\binom{10^9}{5\cdot 10^8}+x")  # math-verify never ret
 ALGEBRA = (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt{3}}")
 
 def grade(cases, **limits):
-    with Verifier(**dict(workers=2, timeout=30.0) | limits) as verifier:
-        texts = [rf"Thus the answer is $\boxed{{{answer}}}$." for _, answer in cases]
-        return verifier.verify(texts, [gold for gold, _ in cases])
+    verifier = Verifier(**dict(workers=2, timeout=30.0) | limits)
+    texts = [rf"Thus the answer is $\boxed{{{answer}}}$." for _, answer in cases]
+    return verifier.verify(texts, [gold for gold, _ in cases])
 
 @pytest.mark.parametrize("text, expected", [
     (r"\boxed{1}, then \boxed{\frac{1}{2}}.", r"\frac{1}{2}"), ("\\boxed {\n7 }", "7"),
