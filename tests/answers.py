@@ -23,7 +23,8 @@ WRONG = {
           r"42 dozens   42 \text{ dozen}   42 \text{ tens}   42 hundredths   42 \text{ is wrong}   "
           r"42 never   42 approximately   42 otherwise   \text{not } 42   42 43   42x   --42   "
           r"42.0000001   42 \cdot   40\frac{2}{1}   40(2)   84/2/2   42\text{ to }43   42k   4{2}",
-    "-9": "1-10   1 - 10", "8": r"(5)(3)   5\binom{3}{1}   5\frac{3}{1}   5{3}", "k": "K   x",
+    "-9": "1-10   1 - 10", "k": "K   x",
+    "8": r"(5)(3)   5(3)   5 3   5{3}   5\frac{3}{1}   5\binom{3}{1}   5\,3   [5][3]",
     "2k": "2K   2m   2", "3R^2": "3r^2", "204_5": "204_7   204", r"\frac{1}{3}": "0.333333",
     r"\sqrt{2}": r"1.41421356237309504880   \sqrt{3}", "(1,2)": "(2,1)   1",
     r"10^{-600}": r"10^{-601}   0   2 \cdot 10^{-600}", r"\text{east}": "seat   east or west",

@@ -105,17 +105,14 @@ def be_rank(rank, world_size, meet, job, args):
     if dist.is_initialized():  # vLLM's shutdown ends it, too
         dist.destroy_process_group()
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
 class Job:
     """A script on so many ranks, each a fork of what has imported vLLM: that takes 10 s of CPU."""
 
     def __init__(self, log, script, ranks, *argv):
         self.log, self.processes = log, []
-        meet = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            meet = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=free.getsockname()[1])
         for rank in range(ranks):
             env = dict(meet, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks) if ranks > 1 else {}
             process = FORKS.Process(target=play, args=(log, script, list(map(str, argv)), env))

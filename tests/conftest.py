@@ -19,8 +19,8 @@ def pytest_collection_finish(session):
     """Forks come with vLLM where a test needs it."""
     if any(item.get_closest_marker("vllm") for item in session.items):
         from common import FORKS, PRELOADED
-        FORKS.set_forkserver_preload([*PRELOADED, "vllm.entrypoints.openai.api_server",
-                                      "vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker"])
+        FORKS.set_forkserver_preload([*PRELOADED, "vllm.entrypoints.llm",
+                                      "vllm.v1.worker.cpu_worker"])
 
 @pytest.fixture
 def alone():

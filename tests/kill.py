@@ -31,10 +31,6 @@ PHASES = {  # the function that is the phase, and its length on the toy, seconds
     "sampling": ("generate", 0.6),
 }
 
-def phases_of(script):
-    """Those that the script has: sft_distill.py samples nothing."""
-    return ["update", "saving"] if script == "sft_distill.py" else list(PHASES)
-
 def trainer():
     """The script's main(), in a process of its own. Where the argument `plan` names a function, a
     number and seconds, SIGKILL comes so long after the call of that number."""
@@ -104,7 +100,8 @@ def outcome(run_dir, steps):
 def killed_run(folder, script, ranks, kills, steps, argv, masters):
     """Runs to the end through `kills` kills; returns how many were meant for which phase."""
     rng, log = random.Random(0), folder / "log"
-    phases = list(itertools.islice(itertools.cycle(phases_of(script)), kills))
+    of_script = ["update", "saving"] if script == "sft_distill.py" else PHASES
+    phases = list(itertools.islice(itertools.cycle(of_script), kills))
     hit = collections.Counter(phases)
     rng.shuffle(phases)
     while True:

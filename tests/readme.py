@@ -24,8 +24,8 @@ SMALL = {  # flags that come last, so that they count
     "--samples 4 --questions_per_round 12 --accuracy 0.125 1 --temperature 1 --top_p 1 --top_k 0",
     "sft_distill.py": f"{SHORT} --batch_size 4 --epochs 1",
     "evaluate.py": f"{SHORT} --samples 2 --data {{eval}}",
-    "token_kl.py": "", "report.py": "",
-    **dict.fromkeys(("grpo.py", "sdpo.py", "remedies.py"), TRAINER)}
+    "extras.token_kl": "", "extras.report": "",
+    **dict.fromkeys(("grpo.py", "sdpo.py", "extras.remedies"), TRAINER)}
 
 
 def commands(text, data):
@@ -37,9 +37,9 @@ def commands(text, data):
         line = line.replace("OMP_NUM_THREADS=8", "OMP_NUM_THREADS=2")
         line = re.sub(r"Qwen/Qwen3-8B|deepseek-ai/\S+", str(ROOT / "toy/model"), line)
         line = line.replace("step_100", "step_2").replace("step_75", "step_3")
-        script = re.search(r"\w+\.py", line)
+        script = re.search(r"\w+\.py|(?<=-m )extras\.\w+", line)
         if script:
-            line = line.replace(script[0], str(ROOT / script[0]), 1)
+            line = re.sub(r"\w+\.py", rf"{ROOT}/\g<0>", line, count=1)
             line += " " + SMALL[script[0]].format(**data)
         yield line
 
@@ -51,14 +51,14 @@ def main():
     folder = Path(args.folder or tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
     data = dict(train=few(DATA / "train.jsonl", 60, folder), eval=few(DATA / "ood.jsonl", 4, folder))
-    exports = ""
+    exports, env = "", dict(os.environ, PYTHONWARNINGS="ignore", PYTHONPATH=str(ROOT))
     for line in commands((ROOT / "README.md").read_text(), data):
         start = time.time()
-        if ".py" not in line:  # M=..., export ...
+        if not line.startswith(sys.executable):  # M=..., export ...
             exports += line + "\n"
             continue
         ended = subprocess.run(["bash", "-ec", exports + line], cwd=folder, text=True,
-                               capture_output=True, env=dict(os.environ, PYTHONWARNINGS="ignore"))
+                               capture_output=True, env=env)
         print(f"{time.time() - start:4.0f} s  {'ran' if not ended.returncode else 'FAILED'}  {line}",
               flush=True)
         if ended.returncode:

@@ -18,10 +18,6 @@ ROW = dict(idx=7, kind="mcq", dataset="sciknoweval", answer="B", system=SYSTEM, 
            prompt="Which?\n\nA: CC(=O)O\nB: CCO\nC: C\nD: O\nPlease reason step by step.")
 
 
-def rows_of(name):
-    return [json.loads(line) for line in (BENCHMARKS / name).open()]
-
-
 def load(tmp_path, row):
     (tmp_path / "data.json").write_text(json.dumps(row))
     (question,) = load_questions(str(tmp_path / "data.json"))
@@ -47,26 +43,18 @@ def test_a_system_column_that_asks_for_no_tags(tmp_path):
     assert question["messages"][-1]["content"].endswith(r"put your final answer within \boxed{}.")
 
 
-@needs_data
-@pytest.mark.parametrize("name", FILES)
-def test_every_row_loads(name):
-    rows, questions = rows_of(name), load_questions(str(BENCHMARKS / name))
-    assert len(questions) == FILES[name]
-    for row, question in zip(rows, questions, strict=True):
-        assert question["answer"] == f"<answer>{row['answer']}</answer>"
-        assert [m["content"] for m in question["messages"]] == [row["system"], row["prompt"]]
-
-
 @pytest.mark.slow
 @needs_data
 @needs_tokenizers
-def test_the_prompt_of_olmo_is_table_12s(alone):
+def test_every_row_loads_and_the_prompt_of_olmo_is_table_12s(alone):
     tokenizer = tokenizer_of("olmo-3-instruct")
     args = Namespace(enable_thinking=True, max_prompt_tokens=2048)
     for name in FILES:
         questions = sdpo.read_questions(str(BENCHMARKS / name), tokenizer, args)
         assert len(questions) == FILES[name]  # none is too long
-        for row, question in list(zip(rows_of(name), questions))[::100]:
+        rows = [json.loads(line) for line in (BENCHMARKS / name).open()]
+        for row, question in zip(rows, questions, strict=True):
+            assert question["answer"] == f"<answer>{row['answer']}</answer>"
             assert tokenizer.decode(question["prompt_ids"]) == (
                 f"<|im_start|>system\n{row['system']}<|im_end|>\n"
                 f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n")
@@ -90,6 +78,8 @@ WRONG = [
     "<answer>B</answer><answer>B", "<Answer>B</Answer>", "<answer >B</answer>",
     "<answer>B</ answer>", "<answer>B<\\answer>", "</answer>B<answer>",
     "<answer>" * 10**5 + "B", "B" + "</answer>" * 10**5,
+    "<think> <answer>B</answer> </think> I do not know", "<answer>B</answer></think>",
+    "</think> <answer>B</answer> </think> <answer>", "<answer>B</think></answer>",
     "<answer>A</answer> B</answer>", "&lt;answer&gt;B&lt;/answer&gt;",
 ]
 
@@ -99,18 +89,6 @@ def test_grades():
     assert verifier.verify(RIGHT, ["<answer>B</answer>"] * len(RIGHT)) == [1.0] * len(RIGHT)
     grades = verifier.verify(WRONG, ["<answer>B</answer>"] * len(WRONG))
     assert [text[:40] for text, grade in zip(WRONG, grades) if grade] == []
-
-
-def test_after_think_what_was_thought_is_no_answer():
-    texts = ["<think> <answer>B</answer> </think> I do not know", "<answer>B</answer></think>",
-             "<think> no </think> <answer>B</answer>",
-             "</think> <answer>B</answer> </think> <answer>", "<answer>B</think></answer>"]
-    verifier = Verifier(workers=1)
-    grades = verifier.verify(texts, ["<answer>B</answer>"] * 5)
-    assert grades == [0.0, 0.0, 1.0, 0.0, 0.0]
-
-
-def test_tags_do_not_answer_a_question_that_wants_a_box():
-    verifier = Verifier(workers=1)
-    assert verifier.verify(["<answer>7</answer>", "<answer>8</answer> \\boxed{7}",
-                            "\\boxed{8} <answer>7</answer>"], ["7"] * 3) == [0.0, 1.0, 0.0]
+    # where a box is wanted, tags are no answer
+    assert verifier.verify(["<answer>7</answer>", "\\boxed{8} <answer>7</answer>"],
+                           ["7"] * 2) == [0.0, 0.0]

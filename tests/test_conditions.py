@@ -2,7 +2,6 @@
 import contextlib
 import json
 import re
-import shutil
 import sys
 from argparse import Namespace
 
@@ -61,13 +60,8 @@ def test_summary_and_table_by_hand():
     assert (full["score"], full["score_error"]) == pytest.approx((0.75, 0.25))
     assert (full["length"], full["length_error"]) == pytest.approx((300, 100))  # of 200 and 400
     assert (full["epistemic"], full["epistemic_error"], full["truncated"]) == (3, 0, 0.25)
-    lines = conditions.table(rows).splitlines()
-    split = {cells[0]: cells for cells in (re.split(r"\s{2,}", line.strip()) for line in lines)}
-    assert split["(2) full solution"] == [
-        "(2) full solution", "0.750 ± 0.250", "300 ± 100", "3.0 ± 0.0", "25.0%"]
-    assert split["wait"] == ["wait", "5.00", "1.00", "4.00", "2.00", "3.00"]
-    one = conditions.table(conditions.summarise(studied[:1]))
-    assert "±" not in one and "0.500" in one  # the spread of one question is unknown
+    table = [line.split() for line in conditions.table(rows).splitlines()]
+    assert ["wait", "5.00", "1.00", "4.00", "2.00", "3.00"] in table
 
 UNGUIDED = ["00000000", "00000001", "01100000", "00001111", "11110100", "01000100", "11111111"]
 GUIDED = ["11111111", "00100000", "00000000", "11111111", "11111111", "00000011", "11111111"]
@@ -138,19 +132,6 @@ def test_what_stands_in_each_context(asked):
                 (think + plain, CLOSE), (plain, CLOSE), (think + sure, CLOSE),
                 (think + plain, UNCERTAIN)))]
 
-@pytest.mark.parametrize("to_study, studied", [(0, []), (3, [1, 2, 3])])
-def test_only_as_many_as_to_study_get_five_contexts(asked, to_study, studied):
-    band = [1, 2, 3, 5]
-    questions = {q["index"]: q for q in ask_round(to_study, True)}
-    for i in band:  # for the pairs the others have the first two
-        wanted = list(conditions.CONTEXTS)[: 5 if i in studied else 2]
-        assert list(questions[i]["contexts"]) == wanted
-    assert len(asked) == 7 + 4 + 3 * len(studied)
-    asked.clear()
-    questions = {q["index"]: q for q in ask_round(to_study, False)}
-    assert [i for i, q in questions.items() if "full" in q["contexts"]] == studied
-    assert len(asked) == 7 + 4 * len(studied)  # nobody is asked for pairs that nobody wants
-
 @pytest.fixture
 def run(tmp_path, monkeypatch, alone):
     """run(folder, *flags): main() up to its end; what vLLM would do is nothing."""
@@ -201,10 +182,3 @@ def test_a_run_that_was_killed_resumes_and_ends_alike(asked, run, tmp_path, monk
     assert run("cut") == whole and not asked
     assert "holds other results: --accuracy was [0.125, 0.5]" in refusal(
         run, "cut", "--accuracy", 0.25, 0.5)
-
-def test_bad_input_is_one_line_before_vllm_starts(run, tmp_path):
-    assert "no/such.jsonl" in refusal(run, "out", "--data", "no/such.jsonl")
-    model = shutil.copytree(ROOT / "toy/model", tmp_path / "lfs")
-    (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
-    assert "lfs: Error while deserializing header" in refusal(run, "out", "--model", model)
-    assert not (tmp_path / "out").exists()

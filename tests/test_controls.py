@@ -1,5 +1,4 @@
-"""toy/controls.py: what each changes in the loss, the demonstrations, the sampling. No vLLM."""
-import json
+"""toy/controls.py: what each changes in the loss and the demonstrations. No vLLM."""
 import sys
 from argparse import Namespace
 from unittest import mock
@@ -7,9 +6,8 @@ from unittest import mock
 import pytest
 import torch
 
-import evaluate
 import sdpo
-from common import ROOT, lines, toy
+from common import ROOT, toy
 
 sys.path.append(str(ROOT / "toy"))
 import controls  # noqa: E402
@@ -21,7 +19,7 @@ ARGS = Namespace(temperature=1.0, top_k=10, alpha=0.5, demonstration="full", ena
 @pytest.fixture(autouse=True)
 def restored():
     """Whatever a control replaces is there again after the test."""
-    with mock.patch.dict(vars(sdpo)), mock.patch.dict(vars(evaluate)):
+    with mock.patch.dict(vars(sdpo)):
         yield
 
 
@@ -87,33 +85,3 @@ def test_other_question_shows_a_correct_answer_to_another(tokenizer):
     assert shown() == first
     del step[2:4], step[-2:]  # only one question is left
     assert shown() == [None] * 4
-
-
-def test_banned_reaches_the_sampling(monkeypatch, tokenizer):
-    asked = []
-    evaluate.generate = lambda *args, **sampling: asked.append(sampling)
-
-    def main():
-        args = evaluate.make_parser().parse_args()
-        assert args.control == "banned" and args.model == [str(ROOT / "toy/model"), "other"]
-        evaluate.generate(None, None, [], 0, n=2)
-    evaluate.main = main
-    monkeypatch.setattr(sys, "argv", ["controls.py", "banned", "--model", str(ROOT / "toy/model"),
-                                      "other"])
-    controls.main()
-    bias = dict.fromkeys(controls.marker_ids(tokenizer), -100)
-    assert bias and asked == [dict(n=2, logit_bias=bias)]
-
-
-def test_errors_are_sorted_by_kind(tmp_path):
-    folder = tmp_path / "seed_0/sdpo/eval"
-    row = lines(ROOT / "toy/data/in.jsonl")[0]
-    for step, correct in ((0, 1.0), (20, 0.0)):
-        answer = dict(benchmark="in", index=0, question=row["prompt"][0]["content"],
-                      correct=correct, response=f"\\boxed{{{row['extra_info']['x'] + 1}}}")
-        other = dict(answer, benchmark="ood", index=700, question="of another ood.jsonl")
-        sdpo.write_lines(folder / f"step_{step}.jsonl", [answer, other])
-    controls.errors([tmp_path / "seed_0"])
-    found = json.loads((tmp_path / "seed_0/errors.json").read_text())
-    assert found["base, in"] == {} and sum(found["sdpo, in"].values()) == 1
-    assert {*found} == {"base, in", "sdpo, in"}

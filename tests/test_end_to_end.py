@@ -7,10 +7,8 @@ and later runs go on from there.
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -22,21 +20,6 @@ import sdpo
 from common import DATA, ROOT, Job, few, lines, on_ranks, toy
 
 pytestmark = pytest.mark.vllm
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-
-def torchrun(before, *argv, **env):
-    return subprocess.Popen([*before, *TORCHRUN, *map(str, argv)], cwd=ROOT, text=True,
-                            env=dict(os.environ, **env), stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT)
-
-def end(job, code=0):
-    """What torchrun says up to its end, which has to come with this exit code."""
-    try:
-        said, _ = job.communicate(timeout=600)
-    finally:
-        kill.kill_family(job.pid)
-    assert job.returncode == code, said[-4000:]
-    return said
 
 def newest(run_dir):
     return sdpo.resumable(run_dir)[-1]
@@ -165,23 +148,20 @@ def test_conditions(studied):
 
 @pytest.fixture(scope="session")
 def distilled(studied, tmp_path_factory):
-    """(run's folder, what was said on two ranks until one died, what one then said)."""
+    """(run's folder, what one rank says, after two were killed)."""
     run = tmp_path_factory.mktemp("sft") / "d_sg"
     argv = ["--model", "toy/model", "--data", studied[0] / "d_sg.jsonl", "--max_response_tokens",
             400, "--batch_size", 8, "--epochs", 2, "--lr", "1e-3", "--tokens_per_micro_batch", 2000,
             "--save_every", 1, "--run_dir", run]
-    job = torchrun([], "--standalone", "--nproc_per_node", 2, "sft_distill.py", *argv)
-    while job.poll() is None and not (run / "checkpoints/step_1").exists():
-        time.sleep(0.05)
-    os.kill(kill.family(job.pid)[1], signal.SIGKILL)
-    said = end(job, code=1)
-    return run, said, Job(run.parent / "log", "sft_distill.py", 1, *argv).end()
+    job = Job(run.parent / "log", "sft_distill.py", 2, *argv)
+    job.wait_for((run / "checkpoints/step_1").exists)
+    job.kill()
+    return run, Job(run.parent / "log_again", "sft_distill.py", 1, *argv).end()
 
 
-def test_sft_on_two_ranks_ends_when_one_dies_and_resumes_with_one(distilled):
-    run, died, said = distilled
-    assert "Signal 9 (SIGKILL)" in died and f"{run} resumes after step" in said
-    assert "Traceback" not in said
+def test_sft_that_was_killed_on_two_ranks_resumes_with_one(distilled):
+    run, said = distilled
+    assert f"{run} resumes after step" in said and "Traceback" not in said
     metrics = lines(run / "metrics.jsonl")
     assert [m["step"] for m in metrics] == list(range(1, len(metrics) + 1))
     assert all(m["loss"] > 0 and m["grad_norm"] > 0 for m in metrics)
@@ -218,10 +198,9 @@ def test_evaluation(evaluated):
 
 
 def test_report(killed, studied, evaluated, tmp_path):
-    """A page from the files of runs; they may lie in any folder."""
+    """A page from the files of runs."""
     trained, (out, tuned, _) = killed[0], evaluated
-    for name, run in {"a": trained, "b": studied[0], "c/d": out}.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    for name, run in dict(a=trained, b=studied[0], c=out).items():
         shutil.copytree(run, tmp_path / name)
     subprocess.run([sys.executable, "-m", "extras.report", tmp_path], cwd=ROOT, check=True)
     page = (tmp_path / "report.html").read_text()

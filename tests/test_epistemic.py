@@ -1,17 +1,14 @@
 """The ten markers: the authors' way of counting, the averages, the command as a user calls it."""
 import json
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 
 import epistemic
-from common import ROOT, refusal
+from common import refusal
 from epistemic import MARKERS, count, responses_of
 
-TRACE = ("Okay, let's see. So first I need to figure out how many boxes are there. 43 crates with "
-         "11 boxes is 473. Wait, maybe I should check that: 43 * 11 = 430 + 43. It seems right. ")
 EVAL = [  # two benchmarks, as the evaluation writes them
     dict(benchmark="aime24", response="Wait. Unlikely!", tokens=10, correct=1),
     dict(benchmark="aime24", response="hmm, hmm, check", tokens=21, correct=0),
@@ -59,10 +56,6 @@ def test_markers_are_counted_as_substrings():
 def test_responses_of_records_that_people_have(record, expected):
     assert responses_of(record) == expected
 
-def test_one_trace_beside_two_responses_is_refused():
-    with pytest.raises(ValueError, match="2 responses, but 1 with reasoning"):
-        responses_of(dict(responses=["4", "5"], reasoning="Hmm."))
-
 @pytest.mark.parametrize("record, total, tokens, accuracy", [
     ({"response": "wait", "tokens": 7, "reward": 1.0}, 1, 7, 1),
     ({"responses": ["wait", "hmm maybe so"], "correct": [True, False]}, 1.5, None, 0.5),
@@ -96,9 +89,6 @@ def test_a_column_for_each_benchmark_of_each_file(tmp_path, run):
     assert got["responses"] == ["2", "1", "2"]
     assert got["tokens"] == ["15.5", "5.0"]  # b.jsonl states none: its cell is empty
     assert rows(run("a.jsonl", "--field", "benchmark"))["total"] == ["0.00", "0.00"]
-    names = [f"{name * 30}/eval/step_40.jsonl" for name in "abcd"]
-    lines = epistemic.grid(names, [("total", ["12,345.00"] * 4)]).splitlines()
-    assert max(map(len, lines)) <= 80 and lines[:4] == names  # in full, in the columns' order
 
 @pytest.mark.parametrize("content, message", [
     (b"\n \n", "bad.jsonl: no responses"),
@@ -113,26 +103,3 @@ def test_bad_files_are_named_in_one_line(tmp_path, run, content, message):
     (tmp_path / "bad.jsonl").write_bytes(content)
     assert message in refusal(run, "good.jsonl", "bad.jsonl")
     assert "No such file" in refusal(run, "good.jsonl", "nowhere.jsonl")
-
-def test_odd_text_does_not_stop_it(tmp_path, run):
-    (tmp_path / "odd.jsonl").write_bytes(
-        b'\xef\xbb\xbf{"response": "wait \\ud83d \\u0000 wait"}\r\n'  # a BOM, half an emoji, NUL
-        b'{"response": "wait \xed\xa0\xbd \0\x1b wait"}\n'
-        + '{"response": "Wait\u2028wait\u0085é", "benchmark": null}'.encode())  # no last newline
-    assert "2.00" in run("odd.jsonl")
-
-def test_20_mb_take_no_memory_and_the_import_is_light(tmp_path):
-    text = TRACE * 260  # 45 kB, a long response; 450 of them
-    path = write(tmp_path / "large.jsonl", *[dict(response=text)] * (20_000_000 // len(text)))
-    code = """
-import resource, sys, time, epistemic
-epistemic.main()
-kB = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(kB, len({"torch", "numpy", "transformers", "asyncio"} & {*sys.modules}))
-"""
-    # by way of sh: what this process holds would count as its child's peak
-    said = subprocess.run(["sh", "-c", '"$@"; exit', "sh", sys.executable, "-c", code, path],
-                          capture_output=True, text=True, cwd=ROOT, check=True)
-    peak, heavy = map(float, said.stdout.splitlines()[-1].split())
-    assert peak < 25_000  # kB; about 12,000 here, to which a file that is held would add 20,000
-    assert heavy == 0

@@ -3,14 +3,13 @@ common with sdpo.py to the letter (test_house.py) is in test_sdpo.py."""
 import collections
 import math
 import random
-from unittest import mock
 
 import pytest
 import torch
 
 import grpo
-from common import ROOT, assert_same_gradient, gradients_of, learner, on_ranks, toy
-from test_sdpo import assert_same_on_two_ranks
+from common import ROOT, assert_same_gradient, learner, on_ranks, toy
+from test_sdpo import assert_same_on_two_ranks, update_of
 
 def flags(*more):
     """Those of the toy's updates: mini-batches of 20 rollouts."""
@@ -58,14 +57,7 @@ def make_batch(size, shift=1.2):
     return batch
 
 def measure(size, lr=1e-6):
-    """What an update makes of a batch: metrics, this rank's gradient of the last mini-batch."""
-    with mock.patch.multiple(grpo, CHUNK=16, MISMATCH_LIMIT=math.inf):
-        args, batch, (model, optimizer) = flags(), make_batch(size), learner(grpo)
-        gradient = gradients_of(optimizer)
-        metrics = grpo.update(model, optimizer, batch, lr, args)
-        micros = grpo.micro_batches_of_rank(batch[-20:], args.tokens_per_micro_batch)
-        return dict(metrics, gradient=gradient, micros=len(micros), weights=[*model.parameters()],
-                    fillers=sum(not r.weight for m in micros for r in m))
+    return update_of(grpo, make_batch(size), flags(), lr)
 
 def ppo(now, start, advantage):
     """(loss of one token, what holds it), case by case; a plain number has no gradient."""

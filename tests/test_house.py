@@ -2,10 +2,6 @@
 import ast
 import collections
 import re
-import subprocess
-import sys
-
-import pytest
 
 from common import ROOT
 
@@ -70,19 +66,3 @@ def test_scripts_import_only_the_shared_two():
         imported = {module for module in {*ours, "extras", "toy"}
                     if re.search(rf"^\s*(import|from) .*\b{module}\b", source, re.M)}
         assert imported <= allowed, name
-
-@pytest.mark.slow
-def test_help_loads_neither_vllm_nor_transformers():
-    """All scripts in one process, since torch takes its time."""
-    code = f"""
-import importlib, sys
-for name in {SCRIPTS}:
-    sys.argv = [name, "--help"]
-    try:
-        importlib.import_module(name.removesuffix(".py")).main()
-    except SystemExit as end:
-        assert end.code == 0
-assert not {{"vllm", "transformers"}} & set(sys.modules)"""
-    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, text=True,
-                          capture_output=True).stdout
-    assert said.count("--model") >= len(SCRIPTS) and said.count("(default: ") > len(SCRIPTS)

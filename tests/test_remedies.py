@@ -20,28 +20,13 @@ LOG2, LN3 = math.log(2), math.log(3)
 DEMO, WRONG = [1], [9]
 
 
-def args_of(remedy, *flags, **more):
+def args_of(remedy, **more):
     argv = ["remedies.py", "--model", "m", "--remedy", remedy, "--rollouts", "3", "--top_k", "20",
             "--minibatch_questions", "8", "--tokens_per_micro_batch", "600"]
-    with mock.patch.object(sys, "argv", [*argv, *flags]):
+    with mock.patch.object(sys, "argv", argv):
         args = remedies.make_parser().parse_args()
     vars(args).update(more)
     return args
-
-
-def weighed(remedy, advantage, u, **more):
-    """(w, a) of a rollout of which u is known, as lists."""
-    u = torch.tensor(u)
-    r = remedies.Rollout({}, [0] * len(u), [], "", True, 0.0, DEMO, taught=True,
-                         advantage=advantage, u=u, entropy=torch.ones_like(u),
-                         w=torch.ones_like(u), a=torch.zeros_like(u))
-    vars(r).update({name: more.pop(name) for name in ("start", "wrong") if name in more})
-    remedies.REMEDIES[remedy][0]([r], args_of(remedy, **more))
-    return r.w.tolist(), r.a.tolist()
-
-
-def near(*values):
-    return pytest.approx([*values], abs=1e-6)
 
 
 def test_demopsd_mixes_towards_what_the_teacher_says_unaided():
@@ -50,57 +35,22 @@ def test_demopsd_mixes_towards_what_the_teacher_says_unaided():
     b = 0.149611
     mixed = [0.2 ** (1 - b) * 0.5**b, 0.1 ** (1 - b) * 0.3**b, 0.7 ** (1 - b) * 0.2**b]
     target = remedies.demopsd_target
-    assert target(aided, plain, 0.15).exp()[0].tolist() == near(*(m / sum(mixed) for m in mixed))
+    torch.testing.assert_close(target(aided, plain, 0.15).exp(),
+                               torch.tensor([mixed]) / sum(mixed), atol=1e-6, rtol=0)
     torch.testing.assert_close(target(aided, aided, 0.15), aided)  # where they agree: no change
     torch.testing.assert_close(target(aided, plain, 0.0), aided)
-
-
-@pytest.mark.parametrize("remedy, advantage, u, a", [
-    # one of two right: the deviation is .5. softplus: log 2, log 4, log 4/3
-    ("antisd", 0.5, [0.0, LN3, -LN3], [1, 1 - 0.25 * LOG2, 1 - 0.25 * math.log(2 / 3)]),
-    ("antisd", 2 / 3, [0.0], [2**0.5]),  # one of three
-    ("antisd", 0.0, [-1e4], [LOG2 / 4]),  # what the teacher doubts gains no more
-    ("rlrt", 0.5, [0.0, -1.0, 1.0, -math.log(1.1)], [0.5, 0.55, 0.45, 0.525]),  # S / T: .8 to 1.2
-    ("rlrt", -0.5, [0.0, -1.0], [-0.5, -0.5]),  # right answers only
-])
-def test_what_the_teacher_adds_to_the_advantage(alone, tmp_path, remedy, advantage, u, a):
-    (tmp_path / "metrics.jsonl").write_text('{"teacher_entropy": 1.0}\n' * 5)
-    assert weighed(remedy, advantage, u, run_dir=tmp_path) == ([0] * len(u), near(*a))
 
 
 def test_antisd_gate(alone, tmp_path):
     assert remedies.antisd_gate(1.0, [1.0] * 4) == 0  # the fifth step of warm-up
     before = [0.8, 0.9, 1.0, 1.1, 1.2]
     gates = [remedies.antisd_gate(median, before) for median in (1.5, 1.0, 0.965, 0.93, 0.5)]
-    assert gates == near(1, 1, 0.5, 0, 0)
+    assert gates == pytest.approx([1, 1, 0.5, 0, 0])
     args = args_of("antisd", run_dir=tmp_path)
     assert remedies.antisd_first_medians(args) == []  # the first step: no log
     (tmp_path / "metrics.jsonl").write_text("".join(
         json.dumps(dict(teacher_entropy=m)) + "\n" for m in (0.0, *before, 7.0)))  # 0: no teacher
     assert remedies.antisd_first_medians(args) == before
-
-
-def test_rlcsd_subtracts_what_a_wrong_demonstration_does_too():
-    """log T(y): -1 with the right one; in probability, the two wrong ones .1 and .3 on average."""
-    def one(advantage, *wrong, **more):
-        wrong = [torch.tensor([math.log(p)]) for p in wrong]
-        return weighed("rlcsd", advantage, [1.0], start=torch.tensor([-2.0]), wrong=wrong, **more)
-    e = -1 - math.log(0.2)
-    assert one(0.5, 0.1, 0.3) == ([0], near(0.5 + 0.5 * math.tanh(e)))
-    assert one(0.5, math.exp(-1.09))[1] == [0.5]  # |e| = .09: no more than noise
-    # A keeps its sign, whatever e
-    assert one(-0.5, 1e-9, strength=3.0)[1] == one(0.5, 1.0, strength=3.0)[1] == [0]
-    assert one(-0.5)[1] == [-0.5]
-
-
-@pytest.mark.parametrize("pieces, marked", [
-    (["W", "ait", ",", " un", "likely"], [1, 1, 0, 0, 1]),  # as the authors count: substrings
-    (["a", "", "maybe", "", " che", "cking"], [0, 0, 1, 0, 1, 1]),
-    (["İ", "wait", "x"], [0, 1, 0]),  # longer in lower case
-    (["wai", "x"], [0, 0]), ([], []),
-])
-def test_marked_tokens(pieces, marked):
-    assert remedies.marked_tokens(pieces) == marked
 
 
 def test_what_the_rollouts_of_a_group_learn_from(tokenizer):
@@ -202,6 +152,9 @@ def test_signs_on_an_epistemic_token(alone, tmp_path):
     # a wrong demonstration makes it half as unlikely: e = log(.1 / .2)
     assert of("rlcsd", 1.0) == near((0.5 + 0.5 * math.tanh(math.log(0.5))) * 0.4)
     assert of("rlcsd", 1.0, None) == near(reward)
+    assert of("rlcsd", 1.0, strength=3.0) == 0  # A keeps its sign
+    with mock.patch(f"{__name__}.MISLED", TEACHER):  # no more than noise
+        assert of("rlcsd", 1.0) == near(reward)
 
 
 def batch_of(script, args):
@@ -299,23 +252,3 @@ def test_what_is_known_of_a_token_is_of_the_steps_start(alone):
                             (r.entropy, -(aided.exp() * aided).sum(-1))):
             torch.testing.assert_close(got.double(), wanted, atol=1e-4, rtol=0)
     assert 0 < sum(r.taught for r in trained) < len(trained) and sum(len(r.wrong) for r in trained)
-
-
-@pytest.mark.parametrize("remedy", remedies.REMEDIES)
-def test_a_step_without_signal_changes_nothing(alone, tmp_path, remedy):
-    args = args_of(remedy, run_dir=tmp_path)
-    batch = batch_of(remedies, args)[:3]  # all wrong
-    gradient, metrics = gradient_of(remedies, args, batch)
-    assert not gradient and metrics["loss"] == metrics["trained_tokens"] == 0
-
-
-def test_each_remedy_brings_its_papers_settings(capsys):
-    def flags(*argv):
-        args = args_of(*argv)
-        return args.strength, args.alpha, args.ema, args.lr
-    assert flags("demopsd") == (0.15, 1.0, 0.05, 1e-5)
-    assert flags("antisd") == (0.5, 0.5, 1.0, 1e-6)
-    assert flags("antisd", "--strength", "0.1", "--lr", "1e-4") == (0.1, 0.5, 1.0, 1e-4)
-    with pytest.raises(SystemExit):
-        args_of("srpo", "--help")
-    assert "(default: 5e-06)" in " ".join(capsys.readouterr().out.split())

@@ -70,6 +70,7 @@ def load_on_a_rank(folder):
     model, optimizer, done = load(folder)
     return done, tensors(optimizer), [p.detach() for p in model.parameters()]
 
+@pytest.mark.slow
 def test_another_number_of_ranks_goes_on(tmp_path, alone, tokenizer):
     """Each rank's half of the state, taken up by one; and one's by two."""
     halves = on_ranks(2, tmp_path, save_a_step, tmp_path, tokenizer)
@@ -97,23 +98,6 @@ def test_the_newest_whole_one_counts_and_all_weights_stay(tmp_path, alone, token
     save(*trained, 11, tokenizer, tmp_path)
     assert load(tmp_path)[2] == 11
     assert sorted((tmp_path / "checkpoints").iterdir()) == sorted(folders)
-
-def test_metrics_after_the_checkpoint_go(tmp_path, alone, tokenizer):
-    rows, metrics = [json.dumps(dict(step=n)) + "\n" for n in (1, 2, 3)], tmp_path / "metrics.jsonl"
-    metrics.write_text(rows[0])
-    assert load(tmp_path)[2] == 0 and lines(metrics) == []  # killed before the first one
-    save(*make(), 2, tokenizer, tmp_path)
-    metrics.write_text("".join(rows) + '{"step": 4, "sco')  # killed while writing
-    load(tmp_path)
-    assert metrics.read_text() == "".join(rows[:2])
-
-def test_a_temperature_that_transformers_would_not_save_is_saved(tmp_path, alone, tokenizer):
-    model, optimizer = make()
-    model.save_pretrained(tmp_path / "m")
-    (tmp_path / "m/generation_config.json").write_text('{"temperature": 0.6, "do_sample": false}')
-    save(sdpo.load_model(tmp_path / "m"), optimizer, 1, tokenizer, tmp_path)
-    saved = (tmp_path / "checkpoints/step_1/generation_config.json").read_text()
-    assert json.loads(saved)["temperature"] == 0.6
 
 # --- the same command, and others ----------------------------------------------------------------
 

@@ -1,11 +1,11 @@
-"""extras/token_kl.py: the KL of each token, which answers it reads, what it refuses. No vLLM."""
+"""extras/token_kl.py: the KL of each token, which answers it reads. No vLLM."""
 import sys
 
 import pytest
 import torch
 
 import sdpo
-from common import ROOT, lines, refusal, toy
+from common import ROOT, lines, toy
 from extras import token_kl
 
 
@@ -49,9 +49,3 @@ def test_the_whole_on_the_toy(tmp_path, monkeypatch, tokenizer):
         places = torch.tensor(ids) == i
         assert table[str(i)] == dict(text=tokenizer.decode([i]), count=places.sum().item(),
                                      kl=pytest.approx(kl[places].sum().item(), abs=1e-5))
-
-
-def test_without_a_pair_it_ends_in_one_line(tmp_path, monkeypatch):
-    folder = write_round(tmp_path / "rounds", [record("a")])
-    monkeypatch.setattr(sys, "argv", ["token_kl.py", str(folder), "--model", "no/such/folder"])
-    assert "no round_*.jsonl with a correct answer beside another" in refusal(token_kl.main)

