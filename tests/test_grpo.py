@@ -3,6 +3,7 @@ common with sdpo.py to the letter (test_house.py) is in test_sdpo.py."""
 import collections
 import math
 import random
+from unittest import mock
 
 import pytest
 import torch
@@ -57,7 +58,8 @@ def make_batch(size, shift=1.2):
     return batch
 
 def measure(size, lr=1e-6):
-    return update_of(grpo, make_batch(size), flags(), lr)
+    with mock.patch.object(grpo, "CHUNK", 16):
+        return update_of(grpo, make_batch(size), flags(), lr)
 
 def ppo(now, start, advantage):
     """(loss of one token, what holds it), case by case; a plain number has no gradient."""

@@ -188,7 +188,7 @@ def update_of(script, batch, args, lr, *teacher, recompute=False):
                     fillers=sum(not r.weight for m in micros for r in m), storages=max(storages))
 
 def measure(size, lr=1e-6, rounds=sdpo.ROUND, recompute=False):
-    with mock.patch.object(sdpo, "ROUND", rounds):
+    with mock.patch.multiple(sdpo, ROUND=rounds, CHUNK=16):
         return update_of(sdpo, make_batch(size), flags(), lr, toy(), recompute=recompute)
 
 def brute_force(model, batch):
