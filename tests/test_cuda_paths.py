@@ -88,7 +88,7 @@ def recorded(request, tmp_path_factory):
         return original(*args)
     vllm = types.ModuleType("vllm")
     vllm.LLM, vllm.SamplingParams = make_llm, lambda **how: how
-    verifier = SimpleNamespace(verify=lambda texts, _: [float(i % 2) for i in range(len(texts))])
+    verify = SimpleNamespace(verify=lambda texts, _: [float(i % 2) for i in range(len(texts))])
     questions = few(DATA / "in.jsonl", 2, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "vllm", vllm)
@@ -97,7 +97,7 @@ def recorded(request, tmp_path_factory):
         patch.setattr(PreTrainedModel, "to", lambda model, device: model)
         for name, replacement in dict(start_process_group=start, load_model=load_model,
                                       update=update, save_checkpoint=lambda *_: None,
-                                      Verifier=lambda: verifier, MISMATCH_LIMIT=math.inf).items():
+                                      Verifier=lambda: verify, MISMATCH_LIMIT=math.inf).items():
             patch.setattr(script, name, replacement)
         patch.setattr(script.MasterAdamW, "add_gradients", add_gradients)
         patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, (

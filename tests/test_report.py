@@ -78,7 +78,7 @@ def test_the_names_of_the_readme(tmp_path, capsys):
     page = (tmp_path / "report.html").read_text()
     assert "<h2>Remedies" in page and "srpo, strength 1.0 (step 1, seeds 1)" in page
     assert "Base, control banned (step 0, seeds 1)" in page
-    assert "wait</mark>’<td>0.300<td>100<td>1.5" in page  # the mean over frequent ones: (.3 + .1) / 2
+    assert "wait</mark>’<td>0.300<td>100<td>1.5" in page  # the frequent ones' mean: (.3 + .1) / 2
     assert "<script" not in page and "&lt;script&gt;alert(1)" in page and "<mark>wait" in page
 
 

@@ -93,13 +93,13 @@ def runs(group, out):
         return both | {f"control_{c}": [SDPO.replace("sdpo.py", f"toy/controls.py {c}")]
                        for c in ("no_markers", "no_marker_loss", "no_answer_loss",
                                  "other_question")} | {
-            "control_slow": [f"{SDPO} --lr {LR / 3} --steps {3 * STEPS}"],
-            "control_grpo_fast": [f"{GRPO} --lr {LR}"],
+            "control_lr_third": [f"{SDPO} --lr {LR / 3} --steps {3 * STEPS}"],
+            "control_grpo_lr_double": [f"{GRPO} --lr {LR}"],
             "control_banned": [
                 f"toy/controls.py banned {BASE} {TESTS} --out {out}/control_banned/eval"]}
     if group == "opsd":
-        flags = {"off_grpo": (GRPO, "--no-enable_thinking"),
-                 "off_sdpo": (SDPO, "--no-enable_thinking"), "opsd": (OPSD, ""),
+        flags = {"grpo_thinking_off": (GRPO, "--no-enable_thinking"),
+                 "sdpo_thinking_off": (SDPO, "--no-enable_thinking"), "opsd": (OPSD, ""),
                  "opsd_hybrid": (OPSD, "--no-enable_thinking --teacher_thinking")}
         return {name: [f"{command} --model {Path(out).parent}/two_modes {more}"]
                 for name, (command, more) in flags.items()}
@@ -117,12 +117,10 @@ def run(folder, commands, seed):
     """The commands one after the other; when all have ended, a file `ended` holds them."""
     start = time.time()
     shutil.rmtree(folder, ignore_errors=True)
-    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore",
-                       TORCH_CPP_LOG_LEVEL="ERROR")
     with open(f"{folder}.log", "w") as log:
         for command in commands:
             if subprocess.run([sys.executable, *complete(command, folder, seed).split()], cwd=ROOT,
-                              stdout=log, stderr=log, env=environment).returncode:
+                              stdout=log, stderr=log).returncode:
                 return f"{folder} failed; see {log.name}"
     for checkpoints in list(folder.rglob("checkpoints")):
         shutil.rmtree(checkpoints)  # 20 MB each
@@ -136,8 +134,8 @@ def results(folder):
     for run in [ended.parent for ended in sorted(folder.glob("*/ended"))]:
         if (run / "metrics.jsonl").exists():
             config = json.loads((run / "config.json").read_text())
-            mode = "_on" if config["enable_thinking"] else "_off"
-            base = "base" + mode * (config["model"] != "toy/model")
+            thinking = "_thinking_on" if config["enable_thinking"] else "_thinking_off"
+            base = "base" + thinking * (config["model"] != "toy/model")
             for file in run.glob("eval/step_*.json"):
                 for benchmark, row in json.loads(file.read_text()).items():
                     yield run.name, benchmark, file.stem[5:], row
@@ -208,8 +206,7 @@ TABLES = {  # name: benchmarks, {row: arm, or several: those after the first sta
         "SDPO, c = s without think": "sdpo_without_think",
         "SDPO, uncertain prompt (App. C)": "sdpo_uncertain",
         "SDPO, moving teacher (EMA .05)": "sdpo_ema", "SDPO, top-k 20": "sdpo_top_k_20",
-        "SFT on unguided answers": "sft_d_ug",
-        "SFT on solution-guided answers": "sft_d_sg"}),
+        "SFT on unguided answers": "sft_d_ug", "SFT on solution-guided answers": "sft_d_sg"}),
     "contexts": (("train",), {
         "(1) unguided": "context_unguided", "(3) solution without think": "context_without_think",
         "App. C: full solution, uncertain prompt": "context_uncertain",
@@ -221,22 +218,22 @@ TABLES = {  # name: benchmarks, {row: arm, or several: those after the first sta
         **{f"SDPO, c = s without think, {size} questions": f"sdpo_without_think_{size}"
            for size in (8, 512)}}),
     "opsd": (("in", "ood"), {
-        "base, thinking off": "base_off", "GRPO, thinking off": "off_grpo",
-        "SDPO, thinking off": "off_sdpo", "base, thinking on": "base_on",
+        "base, thinking off": "base_thinking_off", "GRPO, thinking off": "grpo_thinking_off",
+        "SDPO, thinking off": "sdpo_thinking_off", "base, thinking on": "base_thinking_on",
         "OPSD, both think": "opsd", "OPSD, only the teacher thinks": "opsd_hybrid"}),
     "remedies": (("in", "ood"), {
         "GRPO": "grpo", "SDPO": "sdpo",
         **{f"`{remedy}` {middle} ({low}, {high})":
-           tuple(f"{remedy}_{strength}" for strength in (middle, low, high))
+           f"{remedy}_{middle} {remedy}_{low} {remedy}_{high}"
            for remedy, (_, (middle, low, high)) in REMEDIES.items()}}),
     "controls": (("in", "ood"), {
-        "base": "base", "base, no marker sampled": "control_banned", "SDPO": "sdpo",
+        "base, no marker sampled": "control_banned", "SDPO": "sdpo",
         "SDPO, markers removed from both distributions": "control_no_markers",
         "SDPO, no loss at the student's own markers": "control_no_marker_loss",
         "SDPO, no loss after `</think>`": "control_no_answer_loss",
         "SDPO, the teacher gets another question's answer": "control_other_question",
-        "SDPO, learning rate / 3, steps x 3": "control_slow",
-        "GRPO at SDPO's learning rate": "control_grpo_fast"}),
+        "SDPO, learning rate / 3, steps x 3": "control_lr_third",
+        "GRPO at SDPO's learning rate": "control_grpo_lr_double"}),
 }
 
 def cell(quantity, values):
@@ -254,7 +251,7 @@ def table(ends, benchmarks, arms):
     columns = [(b, q) for b in benchmarks for q in NAMES]
     rows = [["", *(f"{b} {NAMES[q].split()[0]}" for b, q in columns)]]
     for name, arm in arms.items():
-        arm, *others = [arm] if isinstance(arm, str) else arm
+        arm, *others = arm.split()
         if {arm, *others} <= {*ends}:
             rows.append([name, *(cell(q, ends[arm].get(b, {}).get(q, ())) for b, q in columns)])
             for i, (b, q) in enumerate(columns, 1):
@@ -287,6 +284,7 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each on CPU")
     args = parser.parse_args()
+    os.environ.update(OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore", TORCH_CPP_LOG_LEVEL="ERROR")
     folders, plan = [args.out / f"seed_{seed}" for seed in args.seeds], {}
     for folder, seed in zip(folders, args.seeds):
         folder.mkdir(parents=True, exist_ok=True)
