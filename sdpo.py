@@ -364,7 +364,6 @@ def main():
         for name, average in averages.items():
             average.lerp_(optimizer.masters[name], args.ema)  # once a step (authors' code)
         del teacher
-        gc.collect()  # a compiled teacher is a cycle of references
         sync_weights(llm, model)
         metrics["seconds"] = dict(rollout=sampled - start, update=time.time() - sampled)
         log(args, step, rollouts, metrics)
@@ -395,6 +394,7 @@ def make_engine(path, args):
 def sync_weights(llm, model):
     """Wakes vLLM with the model's weights, written in place; then its KV cache, in what is left."""
     if torch.cuda.is_available():
+        gc.collect()  # a compiled teacher is a cycle of references
         torch.cuda.empty_cache()
         llm.wake_up(tags=["weights"])
     weights = ((name, w.detach()) for name, w in model.named_parameters(remove_duplicate=False))
