@@ -29,8 +29,8 @@ demo: .venv/installed
 	rm -rf $(DEMO)
 	$(MAKE) --no-print-directory -j $(JOBS) $(DEMO)/diverse_grpo $(DEMO)/sft/eval \
 	    $(DEMO)/diverse_sdpo $(DEMO)/narrow_grpo $(DEMO)/narrow_sdpo
+	.venv/bin/python toy/picture.py $(DEMO)  # Figure 1, for the page
 	.venv/bin/python -m extras.report $(DEMO)
-	.venv/bin/python toy/picture.py $(DEMO)
 $(DEMO)/narrow_grpo:
 	$(RUN) grpo.py $(NARROW) --lr 5e-5 --run_dir $@
 $(DEMO)/narrow_sdpo:

@@ -346,9 +346,9 @@ def show(item, file):
     rows = re.sub(f"(?i)({'|'.join(epistemic.MARKERS)})", r"<mark>\1</mark>", "".join(rows))
     return f"<div><table>{rows}</table></div>"
 
-def report(folder):
-    """Writes the page; prints the claims."""
-    found, page = [*settings(load_runs(folder))], PAGE
+def report(folder):  # writes the page, prints the claims
+    found = [*settings(load_runs(folder))]
+    page = PAGE + "<img src=demo.png alt='Figure 1'>" * (folder / "demo.png").exists()
     (folder / "figures").mkdir(exist_ok=True)
     for section in SECTIONS:
         title, sentence = section.__doc__.split(". ", 1)
