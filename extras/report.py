@@ -348,7 +348,7 @@ def show(item, file):
 
 def report(folder):  # writes the page, prints the claims
     found = [*settings(load_runs(folder))]
-    page = PAGE + "<img src=demo.png alt='Figure 1'>" * (folder / "demo.png").exists()
+    page = PAGE + "<img src=demo.png style='width: 100%'>" * (folder / "demo.png").exists()
     (folder / "figures").mkdir(exist_ok=True)
     for section in SECTIONS:
         title, sentence = section.__doc__.split(". ", 1)
