@@ -109,7 +109,7 @@ def read_questions(source, tokenizer, args, draw=False):
                if len(prompt) <= args.max_prompt_tokens)
     chosen = list(itertools.islice(fitting, number))
     if len(chosen) < (number or 1):
-        raise ValueError(f"{source}: {len(chosen):,} fit --max_prompt_tokens; --num_questions?")
+        raise ValueError(f"{source}: only {len(chosen)} of {number or 1} fit --max_prompt_tokens")
     say(f"{source}: {len(chosen):,} of {len(questions):,} questions")
     return chosen
 

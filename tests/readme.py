@@ -18,7 +18,7 @@ from common import DATA, ROOT, few
 
 SHORT = "--max_response_tokens 320"
 TRAINER = (f"{SHORT} --steps 2 --questions_per_step 4 --minibatch_questions 2 --rollouts 4 "
-           "--lr 1e-4 --data {train} --eval_data {eval}")
+           "--lr 1e-4 --num_questions 8 --data {train} --eval_data {eval}")
 SMALL = {  # flags that come last, so that they count
     "generate_conditions.py": f"{SHORT} --data {{train}} --num_questions 4 --sft_examples 12 "
     "--samples 4 --questions_per_round 12 --accuracy 0.125 1 --temperature 1 --top_p 1 --top_k 0",
