@@ -94,3 +94,37 @@ def test_a_gradient_that_is_not_finite_moves_nothing(alone):
     assert torch.equal(flat(ours), before)
     assert not any(t.any() for moments in optimizer.moments.values() for t in moments.values())
     assert not any(total.any() for total in optimizer.sums)  # nor anything after it
+
+
+def test_a_step_takes_no_large_new_memory(alone):
+    """Fresh CPU memory is slow: of 8 GB a step, page faults took most of AdamW's time (8B)."""
+    weight = torch.nn.Parameter(torch.ones(2**23, dtype=torch.bfloat16))
+    optimizer = master([weight], **HOW)
+    weight.grad = torch.ones_like(weight)
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        optimizer.add_gradients()
+        optimizer.step(1e-3, FAR)
+    taken = [event.self_cpu_memory_usage for event in profiler.events()]
+    assert 0 < max(taken) <= 2**20  # a piece of the norm; the gradient in float32 is 2**25 bytes
+
+
+def error_of_sum(number, size):
+    """Relative error of `number` bfloat16 gradients' sum, in rounds of `size`."""
+    ours, exact = weights(torch.bfloat16), weights(torch.float32)
+    optimizer = master(ours, **HOW)
+    for w in ours + exact:
+        w.grad = torch.zeros_like(w)
+    for i, grads in enumerate(gradients([w.shape for w in ours], number), 1):
+        for w, e, g in zip(ours, exact, grads):
+            w.grad += g.bfloat16()
+            e.grad += g.bfloat16().float()
+        if i % size == 0 or i == number:
+            optimizer.add_gradients()
+    return max(((total.float() - e.grad).norm() / e.grad.norm()).item()
+               for total, e in zip(optimizer.sums, exact))
+
+
+def test_sum_of_bfloat16_gradients(alone):
+    """As many micro-batches as one GPU adds up at the paper's batch size."""
+    assert error_of_sum(683, sdpo.ROUND) < 0.01
+    assert error_of_sum(683, 683) > 0.1  # what rounds are for
