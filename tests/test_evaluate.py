@@ -138,6 +138,12 @@ def test_weights_that_cannot_be_read_end_in_one_line_before_vllm_starts(tmp_path
 
 def test_bad_input_is_one_line(tmp_path, run):
     assert "no/such/folder" in refusal(run, ["no/such/folder"])
+    shutil.copytree("a", "sdpo/checkpoints/step_40.part")
+    assert "half a checkpoint" in refusal(run, ["sdpo/checkpoints/step_40.part"])
+    assert "have one name" in refusal(run, ["a", "./a"])
+    for name in "ab":
+        change(tmp_path / name / "config.json", max_position_embeddings=30)
+    assert "few_in.jsonl: no prompt within 29 tokens" in refusal(run, "a")
     change(tmp_path / "b/tokenizer.json", normalizer=dict(type="Lowercase"))
     assert "--model b: its tokenizer loses text" in refusal(run, "b")
     assert not (tmp_path / "out").exists()
